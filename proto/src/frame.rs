@@ -1,0 +1,1 @@
+//! Frames: fixed head, prost header, raw payload.

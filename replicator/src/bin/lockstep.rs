@@ -1,0 +1,2 @@
+//! The one program behind the names lockstep, lockstepd, drbdadm, drbdsetup and drbdmeta.
+fn main() {}

@@ -1,0 +1,4 @@
+//! lockstep: network RAID-1 for block devices in userspace. See the README for the map; this page will hold the architecture.
+pub mod core;
+pub mod meta;
+pub mod units;
