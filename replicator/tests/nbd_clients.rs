@@ -1,6 +1,7 @@
 //! The NBD codec against programs written by others: libnbd's tools, QEMU's tools, fio. Each test starts
 //! the example's server on its own thread. A client that is not installed is skipped with a line.
 #![cfg(feature = "runtime")]
+#![expect(clippy::unwrap_used, reason = "the helpers of a test fail it by a panic")]
 #[path = "../examples/nbd_ram/server.rs"]
 mod server;
 
