@@ -24,7 +24,8 @@ fn drain(input: &[u8]) {
                 assert!(decoder.rest().len() < before, "a frame has a length");
                 let mut again = Vec::new();
                 let crc = frame::payload_crc(payload);
-                frame::encode_head(&message, payload.len(), crc, &mut again).expect("decoded, so it is sound");
+                frame::encode_head(&message, payload.len(), crc, &mut again)
+                    .expect("decoded, so it is sound");
                 again.extend_from_slice(payload);
                 let decoded = Decoder::new(&again).next_frame();
                 assert_eq!(decoded, Ok(Decoded::Frame { message, payload }));
