@@ -149,6 +149,10 @@ impl Sink {
         self.problems.len() >= DIAGNOSTICS_MAX
     }
 
+    pub(crate) fn errors(&self) -> usize {
+        self.errors
+    }
+
     pub(crate) fn has_errors(&self) -> bool {
         self.errors > 0
     }
