@@ -1,6 +1,8 @@
 //! The configuration language from outside: every file of the corpus, golden diagnostics, what the core is given, and
 //! comparison with an installed `drbdadm`.
 #![cfg(feature = "runtime")]
+#![expect(clippy::unwrap_used, reason = "helpers of tests: a failure is a failed test")]
+use lockstep_replicator::admin::config::options::{Kind, OptionSpec, Section, Treatment};
 use lockstep_replicator::admin::config::{Config, Location, dump, load, parse_bytes, render_all, table};
 use lockstep_replicator::core::config::{OnIoError, Protocol, WriteOrdering};
 use std::path::{Path, PathBuf};
@@ -133,7 +135,6 @@ const DIFFERENT: &[(&str, &str)] = &[
     ("lockstep.conf", "the section is an extension"),
     ("host-options.conf", "9.22 repeats inherited disk statements in a host that has a disk section"),
     ("floating.conf", "9.22 repeats inherited disk statements in a host that has a disk section"),
-    ("connection.conf", "9.22 repeats inherited peer-device options in the volume"),
 ];
 
 #[test]
@@ -175,6 +176,42 @@ fn large_and_hostile_texts_end_quickly_with_bounded_reports() {
         let errors = parse_bytes("big", &text).expect_err("none of these is a configuration");
         assert!(errors.len() <= 201);
         assert!(render_all(&errors).len() < 1 << 20);
+    }
+}
+
+/// A value that an option takes and that is not its default where it has a choice.
+fn sample(kind: Kind) -> String {
+    match kind {
+        Kind::Number { max, .. } => max.to_string(),
+        Kind::Bool { default } => if default { "no" } else { "yes" }.into(),
+        Kind::Choice { values, .. } => values[values.len() - 1].into(),
+        Kind::Quorum => "majority".into(),
+        Kind::Text { .. } => "\"a b\"".into(),
+        Kind::ResourceRef => "r".into(),
+        Kind::Words => "5".into(),
+    }
+}
+
+#[test]
+fn every_option_is_accepted_in_its_section_and_refused_beyond_its_range() {
+    let hosts = "device minor 1; disk /dev/a; on a { address 10.0.0.1:1; } on b { address 10.0.0.2:1; }";
+    let with = |o: &OptionSpec, value: &str| {
+        let section = format!("{} {{ {} {value}; }}", o.section.keyword(), o.name);
+        let inside = if o.section == Section::Global { String::new() } else { section.clone() };
+        let outside = if o.section == Section::Global { section } else { String::new() };
+        // What on-congestion and allow-two-primaries need of the protocol is tested elsewhere.
+        let protocol = if o.name == "on-congestion" { "protocol A;" } else { "" };
+        parse_bytes(o.name, format!("{outside} resource r {{ {protocol} {hosts} {inside} }}").as_bytes())
+    };
+    for o in table::ALL {
+        let (config, warnings) = with(o, &sample(o.kind)).unwrap_or_else(|e| panic!("{}", render_all(&e)));
+        assert_dump_is_a_fixed_point(&config);
+        let meaningless = matches!(o.treatment, Treatment::AcceptedWithoutMeaning(_));
+        assert_eq!(warnings.len(), usize::from(meaningless), "{}: {}", o.name, render_all(&warnings));
+        if let Kind::Number { max, .. } = o.kind {
+            let errors = with(o, &(max + 1).to_string()).expect_err(o.name);
+            assert!(errors[0].hint.as_ref().is_some_and(|h| h.contains(&max.to_string())), "{}", o.name);
+        }
     }
 }
 

@@ -145,7 +145,7 @@ impl Text {
             HostKind::On => self.line(1, &format!("on {names} {{")),
             HostKind::Floating => self.line(1, &format!("{:<16} {address} {{", "floating")),
             HostKind::StackedOnTopOf(lower) => {
-                self.line(1, &format!("stacked-on-top-of {} {{", quoted(lower)))
+                self.line(1, &format!("stacked-on-top-of {} {{", quoted(lower)));
             }
         }
         self.line(2, &format!("node-id {node_id};"));

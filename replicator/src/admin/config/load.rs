@@ -249,7 +249,7 @@ impl Top<'_> {
                 Ok(bytes) => match self.sources.add(&path, bytes) {
                     Some(file) => self.file(file, depth + 1),
                     None => {
-                        self.sink.push(Problem::error(span, format!("include file '{path}' is too large")))
+                        self.sink.push(Problem::error(span, format!("include file '{path}' is too large")));
                     }
                 },
                 Err(e) => {

@@ -391,7 +391,7 @@ impl Reader<'_> {
                     });
                 }
                 "on" | "floating" | "stacked-on-top-of" => {
-                    self.host(node, &keyword, name, &mut r.hosts, &mut seen)
+                    self.host(node, &keyword, name, &mut r.hosts, &mut seen);
                 }
                 "connection" => {
                     let mut c = ConnectionDecl { span: Place(node.span), ..ConnectionDecl::default() };
