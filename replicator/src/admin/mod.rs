@@ -1,0 +1,2 @@
+//! The operator: configuration, control socket, commands.
+pub mod config;
