@@ -76,8 +76,14 @@ impl DeviceConfig {
         }
         if self.discard || self.write_zeroes {
             let granularity = self.discard_granularity_bytes;
-            if granularity == 0 || !granularity.is_multiple_of(logical) || granularity > self.max_discard_bytes {
-                return Err(ConfigError::DiscardGranularity { got_bytes: granularity, logical_bytes: logical });
+            if granularity == 0
+                || !granularity.is_multiple_of(logical)
+                || granularity > self.max_discard_bytes
+            {
+                return Err(ConfigError::DiscardGranularity {
+                    got_bytes: granularity,
+                    logical_bytes: logical,
+                });
             }
         }
         Ok(())
@@ -94,7 +100,9 @@ impl DeviceConfig {
 #[non_exhaustive]
 pub enum ConfigError {
     /// The logical block is no power of two in range.
-    #[error("logical block of {got_bytes} bytes is not a power of two from 512 to the page size {page_bytes}")]
+    #[error(
+        "logical block of {got_bytes} bytes is not a power of two from 512 to the page size {page_bytes}"
+    )]
     LogicalBlock {
         /// What was asked for.
         got_bytes: u32,
@@ -102,7 +110,9 @@ pub enum ConfigError {
         page_bytes: u32,
     },
     /// The physical block is no power of two, or smaller than the logical one.
-    #[error("physical block of {got_bytes} bytes is not a power of two of at least the logical block {logical_bytes}")]
+    #[error(
+        "physical block of {got_bytes} bytes is not a power of two of at least the logical block {logical_bytes}"
+    )]
     PhysicalBlock {
         /// What was asked for.
         got_bytes: u32,
@@ -173,15 +183,25 @@ mod tests {
         assert!(matches!(with(|c| c.max_io_bytes = 0), Err(ConfigError::IoSize { .. })));
         assert!(matches!(with(|c| c.max_io_bytes = 4097), Err(ConfigError::IoSize { .. })));
         assert!(matches!(with(|c| c.max_io_bytes = (32 << 20) + 4096), Err(ConfigError::IoSize { .. })));
-        assert!(matches!(with(|c| c.discard_granularity_bytes = 0), Err(ConfigError::DiscardGranularity { .. })));
-        assert!(matches!(with(|c| c.discard_granularity_bytes = 700), Err(ConfigError::DiscardGranularity { .. })));
+        assert!(matches!(
+            with(|c| c.discard_granularity_bytes = 0),
+            Err(ConfigError::DiscardGranularity { .. })
+        ));
+        assert!(matches!(
+            with(|c| c.discard_granularity_bytes = 700),
+            Err(ConfigError::DiscardGranularity { .. })
+        ));
         assert!(matches!(with(|c| c.max_discard_bytes = 512), Err(ConfigError::DiscardGranularity { .. })));
     }
 
     #[test]
     fn granularity_does_not_matter_without_discard() {
-        let config =
-            DeviceConfig { discard: false, write_zeroes: false, discard_granularity_bytes: 0, ..DeviceConfig::new(512) };
+        let config = DeviceConfig {
+            discard: false,
+            write_zeroes: false,
+            discard_granularity_bytes: 0,
+            ..DeviceConfig::new(512)
+        };
         assert_eq!(config.check(PAGE), Ok(()));
     }
 }

@@ -95,15 +95,16 @@ impl Device {
             .name("ublk-control".to_owned())
             .spawn(move || control_thread(&config, &reply, &inbox))
             .map_err(UblkError::Thread)?;
-        let timeout = |_| UblkError::Timeout {
-            command: "adding the ublk device",
-            seconds: BRING_UP_TIMEOUT_S,
-            hint: "the driver does not answer",
-        };
         let (id, queue) = match added.recv_timeout(Duration::from_secs(BRING_UP_TIMEOUT_S)) {
             Ok(added) => added?,
             Err(RecvTimeoutError::Disconnected) => return Err(UblkError::ThreadGone),
-            Err(error @ RecvTimeoutError::Timeout) => return Err(timeout(error)),
+            Err(RecvTimeoutError::Timeout) => {
+                return Err(UblkError::Timeout {
+                    command: "adding the ublk device",
+                    seconds: BRING_UP_TIMEOUT_S,
+                    hint: "the driver does not answer",
+                });
+            }
         };
         Ok((Self { id, commands, thread: Some(thread) }, queue))
     }
@@ -252,8 +253,10 @@ impl Controlled {
             dev.tgt.params = params;
             Ok(())
         };
-        let dev = UblkDev::new(config.name.clone(), init, &ctrl)
-            .map_err(|error| UblkError::Control { command: "open of the character device", source: to_io_error(error) })?;
+        let dev = UblkDev::new(config.name.clone(), init, &ctrl).map_err(|error| UblkError::Control {
+            command: "open of the character device",
+            source: to_io_error(error),
+        })?;
         let geometry = Geometry { nr_sectors: config.nr_sectors(), max_io_bytes: granted.max_io_buf_bytes };
         let page = usize::try_from(page_bytes()).unwrap_or(usize::MAX);
         let queue = Queue::map(dev.tgt.fds[0], granted.queue_depth, geometry, page)
@@ -319,7 +322,9 @@ pub fn sweep_dead_devices() -> Result<usize, UblkError> {
                 match sweep_one(id) {
                     Ok(true) => swept += 1,
                     Ok(false) => {}
-                    Err(error) => warn!(device = id, %error, "ublk device left behind by a crash could not be deleted"),
+                    Err(error) => {
+                        warn!(device = id, %error, "ublk device left behind by a crash could not be deleted");
+                    }
                 }
             }
             swept
@@ -384,7 +389,10 @@ fn check_machine() -> Result<(), UblkError> {
 }
 
 /// Waits until udev or devtmpfs made the node.
-#[expect(clippy::disallowed_methods, reason = "control plane on a blocking call; the kernel offers nothing to wait on")]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "control plane on a blocking call; the kernel offers nothing to wait on"
+)]
 fn wait_for_node(path: &Path) -> Result<(), UblkError> {
     for _ in 0..NODE_WAIT_STEPS {
         if path.exists() {
@@ -429,6 +437,7 @@ mod tests {
     }
 
     #[test]
+    #[expect(clippy::print_stdout, reason = "a skipped test says why")]
     fn a_machine_without_the_driver_is_told_so() {
         if Path::new(CONTROL_PATH).exists() {
             println!("skipped: {CONTROL_PATH} exists");

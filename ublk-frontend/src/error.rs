@@ -29,7 +29,9 @@ pub enum UblkError {
         source: io::Error,
     },
     /// The driver is older than the commands this crate speaks.
-    #[error("the ublk driver of this kernel is too old (features {features:#x}): Linux 6.5 or later is needed")]
+    #[error(
+        "the ublk driver of this kernel is too old (features {features:#x}): Linux 6.5 or later is needed"
+    )]
     TooOld {
         /// Feature mask that the driver reported, 0 if it could not even be asked.
         features: u64,
@@ -88,7 +90,10 @@ impl UblkError {
     /// Whether the machine has no usable driver at all, so that the caller should offer NBD.
     #[must_use]
     pub fn is_unavailable(&self) -> bool {
-        matches!(self, Self::NoDriver { .. } | Self::Permission { .. } | Self::TooOld { .. } | Self::BadKernel { .. })
+        matches!(
+            self,
+            Self::NoDriver { .. } | Self::Permission { .. } | Self::TooOld { .. } | Self::BadKernel { .. }
+        )
     }
 }
 
@@ -103,9 +108,14 @@ pub(crate) fn to_io_error(error: libublk::UblkError) -> io::Error {
 }
 
 /// Result of a control command; `libublk` passes `-EBUSY` as success.
-pub(crate) fn control(command: &'static str, result: Result<i32, libublk::UblkError>) -> Result<(), UblkError> {
+pub(crate) fn control(
+    command: &'static str,
+    result: Result<i32, libublk::UblkError>,
+) -> Result<(), UblkError> {
     match result {
-        Ok(code) if code < 0 => Err(UblkError::Control { command, source: io::Error::from_raw_os_error(-code) }),
+        Ok(code) if code < 0 => {
+            Err(UblkError::Control { command, source: io::Error::from_raw_os_error(-code) })
+        }
         Ok(_) => Ok(()),
         Err(error) => Err(UblkError::Control { command, source: to_io_error(error) }),
     }

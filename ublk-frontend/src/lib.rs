@@ -48,7 +48,7 @@ mod config;
 mod device;
 mod error;
 mod kernel;
-mod links;
+pub mod links;
 mod params;
 mod queue;
 

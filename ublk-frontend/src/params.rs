@@ -168,7 +168,9 @@ pub(crate) fn decode(tag: u16, raw: RawDescriptor, geometry: Geometry) -> Result
             return Ok(IoRequest { tag, op: Op::Flush, start_sector: 0, nr_sectors: 0, fua: false });
         }
         sys::UBLK_IO_OP_DISCARD => Op::Discard,
-        sys::UBLK_IO_OP_WRITE_ZEROES => Op::WriteZeroes { no_unmap: raw.op_flags & sys::UBLK_IO_F_NOUNMAP != 0 },
+        sys::UBLK_IO_OP_WRITE_ZEROES => {
+            Op::WriteZeroes { no_unmap: raw.op_flags & sys::UBLK_IO_F_NOUNMAP != 0 }
+        }
         // Zone operations, write-same and what is still to come: not advertised, so not ours to do.
         _ => return Err(IoFailure::Unsupported),
     };
@@ -310,7 +312,9 @@ mod tests {
 
     #[test]
     fn results_follow_the_kind_of_request() {
-        let request = |op_flags, n| decode(0, raw(op_flags, 0, n), Geometry { nr_sectors: 1 << 24, ..GEOMETRY }).unwrap();
+        let request = |op_flags, n| {
+            decode(0, raw(op_flags, 0, n), Geometry { nr_sectors: 1 << 24, ..GEOMETRY }).unwrap()
+        };
         assert_eq!(result_code(&request(0, 8), Ok(())), 4096);
         assert_eq!(result_code(&request(1, 1024), Ok(())), 512 << 10);
         assert_eq!(result_code(&request(2, 0), Ok(())), 0);
@@ -352,7 +356,11 @@ mod tests {
         let only = |discard, write_zeroes| {
             let config = DeviceConfig { discard, write_zeroes, ..DeviceConfig::new(1 << 30) };
             let params = device_params(&config, 512 << 10);
-            (params.types, params.discard.max_discard_sectors > 0, params.discard.max_write_zeroes_sectors > 0)
+            (
+                params.types,
+                params.discard.max_discard_sectors > 0,
+                params.discard.max_write_zeroes_sectors > 0,
+            )
         };
         assert_eq!(only(true, false), (3, true, false));
         assert_eq!(only(false, true), (3, false, true));

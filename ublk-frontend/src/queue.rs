@@ -223,7 +223,10 @@ impl Queue {
             // Stopped by the driver; or cancelled because the ring goes away.
             sys::UBLK_IO_RES_ABORT | ECANCELED => QueueEvent::Aborted { tag },
             // A positive result is "give me the data now", a mode that is never asked for.
-            res => QueueEvent::Refused { tag, errno: if res < 0 { -res } else { nix::errno::Errno::EPROTO as i32 } },
+            res => QueueEvent::Refused {
+                tag,
+                errno: if res < 0 { -res } else { nix::errno::Errno::EPROTO as i32 },
+            },
         };
         (TagState::Gone, event)
     }
@@ -293,7 +296,14 @@ impl Mapping {
         // SAFETY: a new mapping at an address of the kernel's choice overlaps nothing of ours.
         // JUSTIFICATION: the driver hands out descriptors only through this mapping.
         let base = unsafe {
-            mmap(None, len_bytes, ProtFlags::PROT_READ, MapFlags::MAP_SHARED | MapFlags::MAP_POPULATE, file, offset)
+            mmap(
+                None,
+                len_bytes,
+                ProtFlags::PROT_READ,
+                MapFlags::MAP_SHARED | MapFlags::MAP_POPULATE,
+                file,
+                offset,
+            )
         }?;
         Ok(Self { base, len_bytes, depth })
     }
@@ -364,13 +374,13 @@ mod tests {
     fn a_tag_lives_from_fetch_to_abort() {
         let mut queue = queue(&[raw(0, 0, 8), raw(1 | 1 << 13, 8, 16)]);
         assert!(queue.is_drained());
-        let _ = queue.fetch_sqe(1, BUFFER);
+        let _entry = queue.fetch_sqe(1, BUFFER);
         assert!(!queue.is_drained());
         let expected = IoRequest { tag: 1, op: crate::Op::Write, start_sector: 8, nr_sectors: 16, fua: true };
         assert_eq!(queue.on_cqe(1, 0), QueueEvent::Request(expected));
         assert_eq!(queue.nr_owned(), 1);
         assert!(!queue.is_drained());
-        let _ = queue.commit_sqe(1, Ok(()), BUFFER * 2);
+        let _entry = queue.commit_sqe(1, Ok(()), BUFFER * 2);
         assert_eq!(queue.nr_owned(), 0);
         assert_eq!(queue.on_cqe(1, -19), QueueEvent::Aborted { tag: 1 });
         assert!(queue.is_drained());
@@ -379,10 +389,10 @@ mod tests {
     #[test]
     fn an_unserviceable_request_is_answered_with_its_failure() {
         let mut queue = queue(&[raw(12, 0, 8)]);
-        let _ = queue.fetch_sqe(0, BUFFER);
+        let _entry = queue.fetch_sqe(0, BUFFER);
         let failure = IoFailure::Unsupported;
         assert_eq!(queue.on_cqe(0, 0), QueueEvent::Unserviceable { tag: 0, failure });
-        let _ = queue.commit_sqe(0, Err(failure), BUFFER);
+        let _entry = queue.commit_sqe(0, Err(failure), BUFFER);
         assert_eq!(queue.on_cqe(0, -125), QueueEvent::Aborted { tag: 0 });
     }
 
@@ -390,7 +400,7 @@ mod tests {
     fn refused_commands_end_the_tag() {
         let mut queue = queue(&[]);
         for (tag, res, errno) in [(0, -22, 22), (1, -16, 16), (2, 1, 71)] {
-            let _ = queue.fetch_sqe(tag, BUFFER);
+            let _entry = queue.fetch_sqe(tag, BUFFER);
             assert_eq!(queue.on_cqe(tag, res), QueueEvent::Refused { tag, errno });
         }
         assert!(queue.is_drained());
@@ -400,22 +410,22 @@ mod tests {
     #[should_panic(expected = "tag 0 is fetched twice")]
     fn fetching_twice_is_a_bug() {
         let mut queue = queue(&[]);
-        let _ = queue.fetch_sqe(0, BUFFER);
-        let _ = queue.fetch_sqe(0, BUFFER);
+        let _entry = queue.fetch_sqe(0, BUFFER);
+        let _entry = queue.fetch_sqe(0, BUFFER);
     }
 
     #[test]
     #[should_panic(expected = "answered without a request")]
     fn committing_what_the_kernel_holds_is_a_bug() {
         let mut queue = queue(&[]);
-        let _ = queue.fetch_sqe(0, BUFFER);
-        let _ = queue.commit_sqe(0, Ok(()), BUFFER);
+        let _entry = queue.fetch_sqe(0, BUFFER);
+        let _entry = queue.commit_sqe(0, Ok(()), BUFFER);
     }
 
     #[test]
     #[should_panic(expected = "tag 4 does not exist")]
     fn a_tag_beyond_the_depth_is_a_bug() {
-        let _ = queue(&[]).fetch_sqe(4, BUFFER);
+        let _entry = queue(&[]).fetch_sqe(4, BUFFER);
     }
 
     #[test]
