@@ -5,6 +5,7 @@
 
 use std::error::Error;
 use std::io::{self, Read};
+use std::process::ExitCode;
 
 use lockstep_ublk_frontend::{DeviceConfig, IoFailure, IoRequest, Op, sweep_dead_devices};
 use support::{Backend, RingKind, Running};
@@ -23,7 +24,17 @@ impl Backend for Null {
     }
 }
 
-fn main() -> Result<(), Box<dyn Error>> {
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("null: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<(), Box<dyn Error>> {
     let mut args = std::env::args().skip(1);
     let size_mib: u64 = args.next().map_or(Ok(1024), |text| text.parse())?;
     let kind = if args.next().as_deref() == Some("deferred") { RingKind::Deferred } else { RingKind::Plain };

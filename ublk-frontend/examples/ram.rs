@@ -7,6 +7,7 @@
 use std::error::Error;
 use std::io::{self, Read};
 use std::path::Path;
+use std::process::ExitCode;
 
 use lockstep_ublk_frontend::links::DeviceLinks;
 use lockstep_ublk_frontend::{DeviceConfig, sweep_dead_devices};
@@ -17,7 +18,17 @@ use support::{RingKind, Running};
 mod ram_disk;
 mod support;
 
-fn main() -> Result<(), Box<dyn Error>> {
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("ram: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<(), Box<dyn Error>> {
     let mut args = std::env::args().skip(1);
     let size_mib: u64 = args.next().map_or(Ok(512), |text| text.parse())?;
     let mut config = DeviceConfig::new(size_mib << 20);
@@ -32,10 +43,15 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("swept {swept}");
     let disk = RamDisk::new(usize::try_from(config.size_bytes)?);
     let running = Running::start(config, kind, disk)?;
-    let links = DeviceLinks::create(Path::new("/dev"), 99, "ram-example", 0, &running.device().block_path())?;
+    // A name that is taken is no reason to do without the disk.
+    let links = DeviceLinks::create(Path::new("/dev"), 99, "ram-example", 0, &running.device().block_path())
+        .inspect_err(|error| eprintln!("no links: {error}"))
+        .ok();
     println!("ready {}", running.device().block_path().display());
     io::stdin().read_to_end(&mut Vec::new())?;
-    links.remove();
+    if let Some(links) = links {
+        links.remove();
+    }
     running.finish()?;
     println!("deleted");
     Ok(())
