@@ -9,6 +9,7 @@
 //! our queue as ready in their place; and it writes a state file into a world-writable directory, which it leaves out when no
 //! queue thread has registered. We keep no state file: a device of ours is recognised by a mark in the driver ([`OWNER_MARK`]).
 
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread::{self, JoinHandle};
@@ -134,8 +135,26 @@ impl Device {
         wait_for_node(&self.block_path())
     }
 
+    /// Whether somebody holds the started disk for himself: mounted, swap, a member of LVM or RAID, opened with `O_EXCL`.
+    ///
+    /// To be asked before [`Device::stop`], which takes the disk away from its users without asking. A program that just has the
+    /// disk open is not seen, and the answer may be out of date when it arrives. Opens the disk read-only for a moment.
+    ///
+    /// # Errors
+    ///
+    /// What the open said, other than "busy": for example that the disk is not there.
+    pub fn is_held(&self) -> io::Result<bool> {
+        let flags = nix::fcntl::OFlag::O_EXCL | nix::fcntl::OFlag::O_CLOEXEC;
+        match fs::OpenOptions::new().read(true).custom_flags(flags.bits()).open(self.block_path()) {
+            Ok(_) => Ok(false),
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy => Ok(true),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Removes the disk: no new requests, those in flight are waited for, then every tag of the queue ends.
     ///
+    /// Whoever still has the disk open gets errors from then on (`EIO`, for writes `ENOSPC`); see [`Device::is_held`].
     /// May be called again, also after a timeout.
     ///
     /// # Errors
@@ -310,27 +329,37 @@ const ENODEV: i32 = nix::errno::Errno::ENODEV as i32;
 ///
 /// # Errors
 ///
-/// [`UblkError::NoDriver`] or [`UblkError::Permission`]; a single device that cannot be deleted is logged and skipped.
+/// Those of [`Device::add`] about the machine, and [`UblkError::Timeout`]; a device that cannot be deleted is logged and skipped.
 pub fn sweep_dead_devices() -> Result<usize, UblkError> {
     check_machine()?;
-    // libublk's control ring is thread-local and would stay with the calling thread.
-    let sweeper = thread::Builder::new()
+    let (reply, swept) = mpsc::channel();
+    // A thread of its own: libublk's control ring would stay with the caller's, and DEL_DEV sleeps while a descriptor is open
+    // (one passed to a process in another namespace, where ours cannot see that it lives).
+    thread::Builder::new()
         .name("ublk-sweep".to_owned())
-        .spawn(|| {
-            let mut swept = 0;
-            for id in device_ids() {
-                match sweep_one(id) {
-                    Ok(true) => swept += 1,
-                    Ok(false) => {}
-                    Err(error) => {
-                        warn!(device = id, %error, "ublk device left behind by a crash could not be deleted");
-                    }
-                }
-            }
-            swept
+        .spawn(move || {
+            let count = device_ids().into_iter().filter(|&id| sweep_one_logged(id)).count();
+            // Nobody listening means the caller timed out; the deletions stand.
+            let _nobody = reply.send(count);
         })
         .map_err(UblkError::Thread)?;
-    sweeper.join().map_err(|_| UblkError::ThreadGone)
+    match swept.recv_timeout(Duration::from_secs(BRING_UP_TIMEOUT_S)) {
+        Ok(count) => Ok(count),
+        Err(RecvTimeoutError::Disconnected) => Err(UblkError::ThreadGone),
+        Err(RecvTimeoutError::Timeout) => Err(UblkError::Timeout {
+            command: "deleting dead ublk devices",
+            seconds: BRING_UP_TIMEOUT_S,
+            hint: "a process still has one of them open",
+        }),
+    }
+}
+
+/// [`sweep_one`], with failures only logged: one stubborn device must not keep the others.
+fn sweep_one_logged(id: i32) -> bool {
+    sweep_one(id).unwrap_or_else(|error| {
+        warn!(device = id, %error, "ublk device left behind by a crash could not be deleted");
+        false
+    })
 }
 
 /// Deletes the device if it is a dead one of ours.

@@ -6,7 +6,7 @@
 )]
 
 use std::fs::{File, OpenOptions};
-use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
 use lockstep_ublk_frontend::{Device, DeviceConfig, sweep_dead_devices};
@@ -138,5 +138,21 @@ fn a_running_device_is_not_swept() {
     let running = start(RingKind::Plain);
     assert_eq!(sweep_dead_devices().unwrap(), 0);
     assert!(running.device().block_path().exists());
+    running.finish().unwrap();
+}
+
+#[test]
+fn an_exclusive_holder_is_seen() {
+    if !driver_is_there() {
+        return;
+    }
+    let running = start(RingKind::Plain);
+    let device = running.device();
+    assert!(!device.is_held().unwrap());
+    let exclusive = nix::fcntl::OFlag::O_EXCL.bits();
+    let holder = OpenOptions::new().read(true).custom_flags(exclusive).open(device.block_path()).unwrap();
+    assert!(device.is_held().unwrap());
+    drop(holder);
+    assert!(!device.is_held().unwrap());
     running.finish().unwrap();
 }
