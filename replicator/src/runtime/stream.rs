@@ -1,0 +1,254 @@
+//! One stream socket on the ring: what both the peer's connection and a client's are made of.
+//!
+//! Receiving: heads are parsed in a staging area; once a head has announced a payload, its rest goes straight into the
+//! pool buffer, together with the heads behind it. While payloads are small the staging area is large, so that one
+//! receive brings many frames (copying 4 KiB costs less than a system call); once payloads are large it shrinks to a
+//! head, so that hardly any payload lands in it.
+//!
+//! Sending: frames gather in one [`SendMemory`] while another one is in the kernel; one send is in flight, so order is
+//! that of [`Sender::push_with`].
+use super::buffers::BufferRef;
+use super::memory::{RecvMemory, RecvPlan, SendMemory, SendPayload};
+use super::ring::Ring;
+use nix::errno::Errno;
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+
+/// Size of the staging area, bytes: holds the largest head of either protocol many times over.
+pub(super) const STAGING_BYTES: usize = 64 << 10;
+/// Part of it in use while payloads are large, bytes: a few heads.
+const STAGING_SMALL_BYTES: usize = 256;
+/// Payloads from here on count as large, bytes.
+const LARGE_PAYLOAD_BYTES: usize = 32 << 10;
+/// A rest of payload from here on is waited for as a whole, bytes: one wake-up instead of one per segment.
+const WAIT_ALL_BYTES: usize = 64 << 10;
+
+/// The receiving half.
+#[derive(Debug)]
+pub(super) struct Receiver {
+    /// `None` while a receive is in the ring.
+    memory: Option<Box<RecvMemory>>,
+    /// Bytes of the staging area not yet parsed.
+    start: usize,
+    end: usize,
+    /// Bytes of the payload that are there, and that there will be.
+    filled: usize,
+    wanted: usize,
+    /// Where the receive in the ring puts its bytes.
+    plan: Option<RecvPlan>,
+    large: bool,
+    more_waiting: bool,
+}
+
+/// What a finished receive brought.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Received {
+    /// Bytes.
+    Some,
+    /// The other side has closed.
+    End,
+    /// Failed.
+    Failed(Errno),
+}
+
+impl Receiver {
+    /// With nothing received.
+    pub(super) fn new() -> Self {
+        Self {
+            memory: Some(RecvMemory::new(STAGING_BYTES)),
+            start: 0,
+            end: 0,
+            filled: 0,
+            wanted: 0,
+            plan: None,
+            large: false,
+            more_waiting: true,
+        }
+    }
+
+    /// Whether a receive is in the ring.
+    pub(super) fn is_armed(&self) -> bool {
+        self.memory.is_none()
+    }
+
+    /// Bytes not yet consumed; empty while a receive is in the ring.
+    pub(super) fn staged(&self) -> &[u8] {
+        self.memory.as_ref().map_or(&[], |memory| &memory.staged()[self.start..self.end])
+    }
+
+    /// Drops `len` bytes from the front of [`staged`](Self::staged).
+    pub(super) fn consume(&mut self, len: usize) {
+        assert!(self.start + len <= self.end, "consumed more than was staged");
+        self.start += len;
+    }
+
+    /// The bytes that follow are the contents of `buffer`.
+    pub(super) fn begin_payload(&mut self, buffer: BufferRef) {
+        let memory = self.memory.as_mut().expect("heads are parsed only between receives");
+        assert!(memory.payload().is_none(), "one payload at a time");
+        self.wanted = buffer.len();
+        let staged = (self.end - self.start).min(self.wanted);
+        buffer.copy_in(0, &memory.staged()[self.start..self.start + staged]);
+        self.start += staged;
+        self.filled = staged;
+        self.large = self.wanted >= LARGE_PAYLOAD_BYTES;
+        *memory.payload() = Some(buffer);
+    }
+
+    /// Whether a payload has begun and was not taken.
+    pub(super) fn in_payload(&self) -> bool {
+        self.wanted > 0
+    }
+
+    /// The payload, once it is complete.
+    pub(super) fn take_payload(&mut self) -> Option<BufferRef> {
+        if self.wanted == 0 || self.filled < self.wanted {
+            return None;
+        }
+        self.wanted = 0;
+        self.filled = 0;
+        self.memory.as_mut()?.payload().take()
+    }
+
+    /// Starts a receive unless one is in the ring.
+    pub(super) fn arm<C>(&mut self, ring: &mut Ring<C>, fd: &Rc<OwnedFd>, context: C) {
+        let Some(mut memory) = self.memory.take() else { return };
+        // What is left in the staging area is a piece of a head: move it to the front.
+        if self.start > 0 {
+            memory.staging().copy_within(self.start..self.end, 0);
+            self.end -= self.start;
+            self.start = 0;
+        }
+        let rest = self.filled..self.wanted;
+        let wait_all = rest.len() >= WAIT_ALL_BYTES;
+        let limit = if self.large { (self.end + STAGING_SMALL_BYTES).min(STAGING_BYTES) } else { STAGING_BYTES };
+        let plan = RecvPlan {
+            payload: rest,
+            staging: if wait_all { self.end..self.end } else { self.end..limit },
+            wait_all,
+            poll_first: !self.more_waiting,
+        };
+        ring.recv(fd, memory, &plan, context);
+        self.plan = Some(plan);
+    }
+
+    /// A receive came back.
+    pub(super) fn on_completion(&mut self, memory: Box<RecvMemory>, result: i32, more_waiting: bool) -> Received {
+        self.memory = Some(memory);
+        let plan = self.plan.take();
+        let Ok(received) = usize::try_from(result) else {
+            let errno = Errno::from_raw(-result);
+            self.more_waiting = true;
+            return if matches!(errno, Errno::EAGAIN | Errno::EINTR) { Received::Some } else { Received::Failed(errno) };
+        };
+        if received == 0 {
+            return Received::End;
+        }
+        self.more_waiting = more_waiting;
+        let to_payload = plan.map_or(0, |plan| plan.payload.len()).min(received);
+        self.filled += to_payload;
+        self.end += received - to_payload;
+        Received::Some
+    }
+}
+
+/// The sending half.
+#[derive(Debug)]
+pub(super) struct Sender {
+    /// Frames for the next send.
+    gathering: Box<SendMemory>,
+    /// The other memory; `None` while it is in the ring.
+    spare: Option<Box<SendMemory>>,
+}
+
+/// What a finished send means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Sent {
+    /// This many frames have left.
+    Frames(usize),
+    /// A part has left; the rest is in the ring again.
+    Part,
+    /// Failed; this many frames are lost.
+    Failed(Errno, usize),
+}
+
+impl Sender {
+    /// With nothing to send.
+    pub(super) fn new() -> Self {
+        Self { gathering: SendMemory::new(), spare: Some(SendMemory::new()) }
+    }
+
+    /// Queues one frame; it leaves with the next [`arm`](Self::arm) that finds the socket free.
+    ///
+    /// # Errors
+    /// That of `head`; then nothing is queued.
+    pub(super) fn push_with<E>(
+        &mut self,
+        head: impl FnOnce(&mut Vec<u8>) -> Result<(), E>,
+        payload: SendPayload,
+    ) -> Result<(), E> {
+        self.gathering.push_with(head, payload)
+    }
+
+    /// Whether a send is in the ring.
+    pub(super) fn is_armed(&self) -> bool {
+        self.spare.is_none()
+    }
+
+    /// Whether nothing waits and nothing is in the ring.
+    pub(super) fn is_idle(&self) -> bool {
+        self.gathering.is_empty() && !self.is_armed()
+    }
+
+    /// Bytes gathered and not yet given to the kernel.
+    pub(super) fn gathered_bytes(&self) -> usize {
+        self.gathering.len_bytes()
+    }
+
+    /// Starts a send if there is something and none is in the ring. Whether it did.
+    pub(super) fn arm<C>(&mut self, ring: &mut Ring<C>, fd: &Rc<OwnedFd>, context: C) -> bool {
+        if self.gathering.is_empty() {
+            return false;
+        }
+        let Some(spare) = self.spare.take() else { return false };
+        let full = std::mem::replace(&mut self.gathering, spare);
+        ring.send(fd, full, context);
+        true
+    }
+
+    /// A send came back.
+    pub(super) fn on_completion<C>(
+        &mut self,
+        ring: &mut Ring<C>,
+        fd: &Rc<OwnedFd>,
+        mut memory: Box<SendMemory>,
+        result: i32,
+        context: C,
+    ) -> Sent {
+        let frames = memory.frames;
+        let sent = match usize::try_from(result) {
+            Ok(sent) => sent,
+            Err(_) if matches!(Errno::from_raw(-result), Errno::EAGAIN | Errno::EINTR) => 0,
+            Err(_) => {
+                memory.clear();
+                self.spare = Some(memory);
+                return Sent::Failed(Errno::from_raw(-result), frames);
+            }
+        };
+        if memory.advance(sent) {
+            memory.clear();
+            self.spare = Some(memory);
+            Sent::Frames(frames)
+        } else {
+            ring.send(fd, memory, context);
+            Sent::Part
+        }
+    }
+
+    /// Forgets what was gathered; returns how many frames that were.
+    pub(super) fn discard(&mut self) -> usize {
+        let frames = self.gathering.frames;
+        self.gathering.clear();
+        frames
+    }
+}
