@@ -80,8 +80,8 @@ struct Inner {
     account: Cell<Account>,
     /// Bytes of contents.
     len: Cell<usize>,
-    /// CRC-32C of the contents, once somebody computed it.
-    crc: Cell<Option<u32>>,
+    /// Length of a piece from the start, and its CRC-32C, once somebody computed it.
+    crc: Cell<Option<(usize, u32)>>,
     pool: Weak<Shared>,
 }
 
@@ -174,6 +174,12 @@ impl BufferPool {
         self.shared.returned.replace(false)
     }
 
+    /// Whether front ends can ever hold this many bytes for one request, with half of their account left to others.
+    pub(super) fn could_hold(&self, len_bytes: u32) -> bool {
+        let half = self.shared.account_limit_bytes[Account::FrontEnd as usize] / 2;
+        usize::try_from(len_bytes).is_ok_and(|len| len <= half.max(MAX_BUFFER_BYTES))
+    }
+
     /// Bytes held by an account.
     pub(super) fn used_bytes(&self, account: Account) -> usize {
         self.shared.used_bytes[account as usize].get()
@@ -257,13 +263,18 @@ impl BufferRef {
         self.inner.crc.set(None);
     }
 
-    /// CRC-32C of the contents; computed once, then remembered until they change.
-    pub(super) fn crc(&self) -> u32 {
-        if let Some(crc) = self.inner.crc.get() {
+    /// CRC-32C of the first `len` bytes of contents; computed once, then remembered until they change.
+    ///
+    /// # Panics
+    /// The contents are shorter: our bug.
+    pub(super) fn crc(&self, len: usize) -> u32 {
+        if let Some((known_len, crc)) = self.inner.crc.get()
+            && known_len == len
+        {
             return crc;
         }
-        let crc = lockstep_proto::frame::payload_crc(self.contents());
-        self.inner.crc.set(Some(crc));
+        let crc = lockstep_proto::frame::payload_crc(&self.contents()[..len]);
+        self.inner.crc.set(Some((len, crc)));
         crc
     }
 
@@ -453,10 +464,11 @@ mod tests {
         let pool = BufferPool::new(MIN_POOL_BYTES);
         let buffer = pool.take(9, Account::Peer).unwrap();
         buffer.copy_in(0, b"123456789");
-        assert_eq!(buffer.crc(), 0xe306_9283);
-        assert_eq!(buffer.crc(), 0xe306_9283);
+        assert_eq!(buffer.crc(9), 0xe306_9283);
+        assert_eq!(buffer.crc(9), 0xe306_9283);
+        assert_ne!(buffer.crc(8), 0xe306_9283);
         buffer.copy_in(0, b"2");
-        assert_ne!(buffer.crc(), 0xe306_9283);
+        assert_ne!(buffer.crc(9), 0xe306_9283);
         let mut out = [0; 3];
         buffer.copy_out(0, &mut out);
         assert_eq!(&out, b"223");

@@ -99,14 +99,12 @@ pub(super) struct SendMemory {
     header: msghdr,
     /// Frames in here; the owner counts with it.
     pub(super) frames: usize,
-    /// Bytes in here.
-    bytes: usize,
 }
 
 /// One piece of a send.
 enum Part {
     Heads(Range<usize>),
-    Buffer(BufferRef),
+    Buffer(BufferRef, usize),
     Bytes(Bytes),
 }
 
@@ -120,7 +118,6 @@ impl SendMemory {
             done: 0,
             header: empty_header(),
             frames: 0,
-            bytes: 0,
         })
     }
 
@@ -134,25 +131,18 @@ impl SendMemory {
         let start = self.heads.len();
         head(&mut self.heads)?;
         let end = self.heads.len();
-        self.bytes += end - start;
         self.frames += 1;
         if let Some(Part::Heads(range)) = self.parts.last_mut() {
             // Frames without payload lie next to each other and go as one piece.
             range.end = end;
-        } else if end > start {
+        } else if start < end {
             self.parts.push(Part::Heads(start..end));
         }
         match payload {
             SendPayload::None => {}
-            SendPayload::Buffer(buffer) => {
-                self.bytes += buffer.len();
-                self.parts.push(Part::Buffer(buffer));
-            }
+            SendPayload::Buffer(buffer, len) => self.parts.push(Part::Buffer(buffer, len)),
             SendPayload::Bytes(bytes) if bytes.is_empty() => {}
-            SendPayload::Bytes(bytes) => {
-                self.bytes += bytes.len();
-                self.parts.push(Part::Bytes(bytes));
-            }
+            SendPayload::Bytes(bytes) => self.parts.push(Part::Bytes(bytes)),
         }
         Ok(())
     }
@@ -162,18 +152,13 @@ impl SendMemory {
         self.frames == 0
     }
 
-    /// Bytes in here when the send began.
-    pub(super) fn len_bytes(&self) -> usize {
-        self.bytes
-    }
-
     /// Builds the gather list and returns its header for the kernel.
     pub(super) fn prepare(&mut self) -> *const msghdr {
         if self.pieces.is_empty() {
             for part in &self.parts {
                 let (address, len) = match part {
                     Part::Heads(range) => (self.heads[range.clone()].as_ptr().cast_mut(), range.len()),
-                    Part::Buffer(buffer) => (buffer.address(0, buffer.len()), buffer.len()),
+                    Part::Buffer(buffer, len) => (buffer.address(0, *len), *len),
                     Part::Bytes(bytes) => (bytes.as_ptr().cast_mut(), bytes.len()),
                 };
                 self.pieces.push(iovec { iov_base: address.cast(), iov_len: len });
@@ -207,13 +192,12 @@ impl SendMemory {
         self.pieces.clear();
         self.done = 0;
         self.frames = 0;
-        self.bytes = 0;
     }
 }
 
 impl fmt::Debug for SendMemory {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("SendMemory").field("frames", &self.frames).field("bytes", &self.bytes).finish_non_exhaustive()
+        f.debug_struct("SendMemory").field("frames", &self.frames).finish_non_exhaustive()
     }
 }
 
@@ -222,8 +206,8 @@ impl fmt::Debug for SendMemory {
 pub(super) enum SendPayload {
     /// Nothing.
     None,
-    /// The contents of a pool buffer.
-    Buffer(BufferRef),
+    /// This many bytes from the start of a pool buffer.
+    Buffer(BufferRef, usize),
     /// These bytes.
     Bytes(Bytes),
 }

@@ -184,6 +184,18 @@ impl<C> Ring<C> {
         self.start(entry, fd, Memory::Send(memory), context);
     }
 
+    /// Sends at once what the socket takes without waiting.
+    ///
+    /// # Errors
+    /// `EAGAIN` when that is nothing; anything else: the connection is broken.
+    pub(super) fn send_now(fd: &OwnedFd, memory: &mut SendMemory) -> Result<usize, nix::errno::Errno> {
+        let message = memory.prepare();
+        // SAFETY: `prepare` built the message from memory that `memory` owns, and nothing changes it during the call.
+        // JUSTIFICATION: the pieces are pool memory and known only as addresses; the safe wrapper wants slices.
+        let sent = unsafe { libc::sendmsg(fd.as_raw_fd(), message, libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT) };
+        nix::errno::Errno::result(sent).map(isize::unsigned_abs)
+    }
+
     /// Takes every completion the kernel has posted, without entering it.
     pub(super) fn reap(&mut self) {
         for entry in self.uring.completion() {

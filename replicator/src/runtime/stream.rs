@@ -132,6 +132,28 @@ impl Receiver {
         self.plan = Some(plan);
     }
 
+    /// Forgets what was received, unless a receive is in the ring.
+    pub(super) fn discard(&mut self) {
+        if let Some(memory) = &mut self.memory {
+            *memory.payload() = None;
+            self.start = 0;
+            self.end = 0;
+            self.filled = 0;
+            self.wanted = 0;
+        }
+    }
+
+    /// Puts bytes in front that were read before the ring had the socket.
+    ///
+    /// # Panics
+    /// Something was received already, or they do not fit: our bug.
+    pub(super) fn preload(&mut self, bytes: &[u8]) {
+        let memory = self.memory.as_mut().expect("nothing is in the ring yet");
+        assert_eq!(self.end, 0, "nothing was received yet");
+        memory.staging()[..bytes.len()].copy_from_slice(bytes);
+        self.end = bytes.len();
+    }
+
     /// A receive came back.
     pub(super) fn on_completion(&mut self, memory: Box<RecvMemory>, result: i32, more_waiting: bool) -> Received {
         self.memory = Some(memory);
@@ -159,23 +181,25 @@ pub(super) struct Sender {
     gathering: Box<SendMemory>,
     /// The other memory; `None` while it is in the ring.
     spare: Option<Box<SendMemory>>,
+    /// Frames that have not left.
+    pending: usize,
 }
 
 /// What a finished send means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Sent {
-    /// This many frames have left.
-    Frames(usize),
+    /// All of them have left.
+    All,
     /// A part has left; the rest is in the ring again.
     Part,
-    /// Failed; this many frames are lost.
-    Failed(Errno, usize),
+    /// Failed.
+    Failed(Errno),
 }
 
 impl Sender {
     /// With nothing to send.
     pub(super) fn new() -> Self {
-        Self { gathering: SendMemory::new(), spare: Some(SendMemory::new()) }
+        Self { gathering: SendMemory::new(), spare: Some(SendMemory::new()), pending: 0 }
     }
 
     /// Queues one frame; it leaves with the next [`arm`](Self::arm) that finds the socket free.
@@ -187,7 +211,14 @@ impl Sender {
         head: impl FnOnce(&mut Vec<u8>) -> Result<(), E>,
         payload: SendPayload,
     ) -> Result<(), E> {
-        self.gathering.push_with(head, payload)
+        self.gathering.push_with(head, payload)?;
+        self.pending += 1;
+        Ok(())
+    }
+
+    /// Frames that have not left.
+    pub(super) fn pending(&self) -> usize {
+        self.pending
     }
 
     /// Whether a send is in the ring.
@@ -200,55 +231,65 @@ impl Sender {
         self.gathering.is_empty() && !self.is_armed()
     }
 
-    /// Bytes gathered and not yet given to the kernel.
-    pub(super) fn gathered_bytes(&self) -> usize {
-        self.gathering.len_bytes()
-    }
-
-    /// Starts a send if there is something and none is in the ring. Whether it did.
-    pub(super) fn arm<C>(&mut self, ring: &mut Ring<C>, fd: &Rc<OwnedFd>, context: C) -> bool {
+    /// Sends what was gathered, unless a send is in the ring. What the socket takes at once leaves here and now, which
+    /// spares a completion; the rest goes to the ring.
+    pub(super) fn arm<C>(&mut self, ring: &mut Ring<C>, fd: &Rc<OwnedFd>, context: C) -> Sent {
         if self.gathering.is_empty() {
-            return false;
+            return Sent::All;
         }
-        let Some(spare) = self.spare.take() else { return false };
-        let full = std::mem::replace(&mut self.gathering, spare);
-        ring.send(fd, full, context);
-        true
+        let Some(spare) = self.spare.take() else { return Sent::Part };
+        let mut full = std::mem::replace(&mut self.gathering, spare);
+        let sent = Ring::<C>::send_now(fd, &mut full);
+        self.on_sent(ring, fd, full, sent, context)
     }
 
-    /// A send came back.
+    /// A send came back from the ring.
     pub(super) fn on_completion<C>(
         &mut self,
         ring: &mut Ring<C>,
         fd: &Rc<OwnedFd>,
-        mut memory: Box<SendMemory>,
+        memory: Box<SendMemory>,
         result: i32,
         context: C,
     ) -> Sent {
-        let frames = memory.frames;
-        let sent = match usize::try_from(result) {
-            Ok(sent) => sent,
-            Err(_) if matches!(Errno::from_raw(-result), Errno::EAGAIN | Errno::EINTR) => 0,
-            Err(_) => {
-                memory.clear();
-                self.spare = Some(memory);
-                return Sent::Failed(Errno::from_raw(-result), frames);
+        let sent = usize::try_from(result).map_err(|_| Errno::from_raw(-result));
+        self.on_sent(ring, fd, memory, sent, context)
+    }
+
+    fn on_sent<C>(
+        &mut self,
+        ring: &mut Ring<C>,
+        fd: &Rc<OwnedFd>,
+        mut memory: Box<SendMemory>,
+        sent: Result<usize, Errno>,
+        context: C,
+    ) -> Sent {
+        let done = match sent {
+            Ok(sent) => memory.advance(sent),
+            Err(Errno::EAGAIN | Errno::EINTR) => false,
+            Err(errno) => {
+                self.recycle(memory);
+                return Sent::Failed(errno);
             }
         };
-        if memory.advance(sent) {
-            memory.clear();
-            self.spare = Some(memory);
-            Sent::Frames(frames)
+        if done {
+            self.recycle(memory);
+            Sent::All
         } else {
             ring.send(fd, memory, context);
             Sent::Part
         }
     }
 
-    /// Forgets what was gathered; returns how many frames that were.
-    pub(super) fn discard(&mut self) -> usize {
-        let frames = self.gathering.frames;
+    fn recycle(&mut self, mut memory: Box<SendMemory>) {
+        self.pending -= memory.frames;
+        memory.clear();
+        self.spare = Some(memory);
+    }
+
+    /// Forgets what was gathered.
+    pub(super) fn discard(&mut self) {
+        self.pending -= self.gathering.frames;
         self.gathering.clear();
-        frames
     }
 }
