@@ -3,4 +3,6 @@ pub mod core;
 #[cfg(feature = "runtime")]
 pub mod frontend;
 pub mod meta;
+#[cfg(feature = "runtime")]
+pub mod runtime;
 pub mod units;

@@ -156,17 +156,25 @@ impl BufferPool {
         buffer.id()
     }
 
-    /// The core lets go of one of its counts.
+    /// The core passes one of its counts on.
     ///
     /// # Panics
-    /// The core let go of a buffer it does not hold: our bug.
-    pub(super) fn release_from_core(&self, id: BufferId) {
+    /// The core passed on a buffer it does not hold: our bug.
+    pub(super) fn take_from_core(&self, id: BufferId) -> BufferRef {
         let inner = self.shared.buffers.borrow().get(id.0 as usize).map(Rc::clone);
         let Some(inner) = inner.filter(|inner| inner.core_users.get() > 0) else {
             panic!("the core let go of {id:?}, which it does not hold")
         };
         inner.core_users.set(inner.core_users.get() - 1);
-        drop(BufferRef { inner });
+        BufferRef { inner }
+    }
+
+    /// The core lets go of one of its counts.
+    ///
+    /// # Panics
+    /// The core let go of a buffer it does not hold: our bug.
+    pub(super) fn release_from_core(&self, id: BufferId) {
+        drop(self.take_from_core(id));
     }
 
     /// Whether a buffer came back since the last call: a stalled source may try again.

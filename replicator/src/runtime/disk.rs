@@ -17,7 +17,6 @@ use nix::errno::Errno;
 use nix::libc;
 use nix::sys::statfs::{FsType, TMPFS_MAGIC, fstatfs};
 use std::cell::{Cell, OnceCell};
-use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
 
@@ -48,14 +47,11 @@ pub(super) struct Disk {
 
 impl Disk {
     /// Takes over an opened backing disk.
-    ///
-    /// # Errors
-    /// Descriptors run out.
-    pub(super) fn new(volume: VolumeNr, backing: Backing) -> io::Result<Self> {
+    pub(super) fn new(volume: VolumeNr, backing: Backing) -> Self {
         let (data, meta, layout) = backing.into_parts();
         let data = Rc::new(data);
         let meta = meta.map_or_else(|| Rc::clone(&data), Rc::new);
-        Ok(Self {
+        Self {
             volume,
             data_inline: is_in_memory(data.as_fd()),
             meta_inline: is_in_memory(meta.as_fd()),
@@ -65,12 +61,7 @@ impl Disk {
             can_punch: Cell::new(true),
             can_zero: Cell::new(true),
             zeroes: OnceCell::new(),
-        })
-    }
-
-    /// Whether data IO is done on the owner thread.
-    pub(super) fn is_inline(&self) -> bool {
-        self.data_inline
+        }
     }
 
     /// The data descriptor.

@@ -29,7 +29,7 @@ const MAX_COMMANDS: usize = 512;
 pub(super) struct FrontRequest {
     pub(super) origin: Origin,
     /// The core's count of the request's buffer.
-    buffer: Option<BufferRef>,
+    _buffer: Option<BufferRef>,
 }
 
 /// A front end and its own name for a request. Another front end on this ring adds its variant.
@@ -182,7 +182,7 @@ impl Client {
             self.stalled = true;
             return false;
         }
-        let Some(bytes) = self.receiver.staged().first_chunk::<REQUEST_BYTES>() else { return false };
+        let Some(bytes) = self.receiver.staged().first_chunk::<{ REQUEST_BYTES }>() else { return false };
         let received = self.session.receive(bytes);
         self.receiver.consume(REQUEST_BYTES);
         let request = match received {
@@ -222,7 +222,7 @@ impl Client {
             Command::Flush => {
                 self.outstanding += 1;
                 let origin = Origin::Nbd { client: index, command, piece: 0 };
-                let key = shared.fronts.insert(FrontRequest { origin, buffer: None });
+                let key = shared.fronts.insert(FrontRequest { origin, _buffer: None });
                 let flush = Input::Flush { id: RequestId(key as u64), volume: self.volume };
                 demand(shared.fronts, Demand::Core(flush));
             }
@@ -300,7 +300,7 @@ impl Client {
             let origin = Origin::Nbd { client: index, command: intake.command, piece: intake.nr };
             intake.nr += 1;
             let id = buffer.as_ref().map(BufferRef::id);
-            let key = shared.fronts.insert(FrontRequest { origin, buffer });
+            let key = shared.fronts.insert(FrontRequest { origin, _buffer: buffer });
             let request = CoreRequest {
                 id: RequestId(key as u64),
                 volume: self.volume,
@@ -324,17 +324,25 @@ impl Client {
         false
     }
 
-    /// The core has answered a piece.
-    pub(super) fn on_piece(&mut self, command: usize, piece: usize, result: Result<(), RequestError>) {
+    /// The core has answered a piece; `data` is there when a read came from elsewhere than its own buffer.
+    pub(super) fn on_piece(
+        &mut self,
+        command: usize,
+        piece: usize,
+        result: Result<(), RequestError>,
+        data: Option<BufferRef>,
+    ) {
         self.outstanding -= 1;
         if self.state == State::Dead {
             return;
         }
-        tracing::trace!(command, piece, ?result, "piece done");
         let Some(running) = self.commands.get_mut(command) else {
             debug_assert!(false, "a command is there until its last piece is");
             return;
         };
+        if let Some(data) = data {
+            running.data.replace(piece, data);
+        }
         let done = match &mut running.progress {
             Some(progress) => progress.piece_done(result),
             None => Some(result.map_err(NbdError::from)),
@@ -476,6 +484,18 @@ impl ReadData {
             Self::None if !is_large => *self = Self::One(buffer),
             Self::None | Self::One(_) => *self = Self::Many(vec![buffer]),
             Self::Many(buffers) => buffers.push(buffer),
+        }
+    }
+
+    fn replace(&mut self, piece: usize, buffer: BufferRef) {
+        match self {
+            Self::None => debug_assert!(false, "data for a command without data"),
+            Self::One(own) => *own = buffer,
+            Self::Many(buffers) => {
+                if let Some(own) = buffers.get_mut(piece) {
+                    *own = buffer;
+                }
+            }
         }
     }
 }
