@@ -354,3 +354,90 @@ fn length(bytes: usize) -> u32 {
     // Buffers end at `MAX_BUFFER_BYTES`, and `BufferRef::address` has checked the bounds.
     u32::try_from(bytes).expect("a buffer is far smaller than 4 GiB")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::runtime::buffers::{Account, BufferPool, MIN_POOL_BYTES};
+    use std::os::unix::net::UnixStream;
+
+    fn wait<C>(ring: &mut Ring<C>) -> Completion<C> {
+        loop {
+            ring.reap();
+            if let Some(completion) = ring.next_completion() {
+                return completion;
+            }
+            ring.submit_and_wait(Some(Duration::from_secs(10))).unwrap();
+        }
+    }
+
+    #[test]
+    fn files_are_written_read_and_synced() {
+        let pool = BufferPool::new(MIN_POOL_BYTES);
+        let mut ring = Ring::new().unwrap();
+        let fd = Rc::new(OwnedFd::from(tempfile::tempfile().unwrap()));
+        let buffer = pool.take(4096, Account::FrontEnd).unwrap();
+        buffer.copy_in(0, &[7; 4096]);
+        let span = FileSpan { buffer_offset: 0, len: 4096, file_offset: 8192 };
+        ring.write(&fd, buffer.clone(), span, true, "write");
+        assert_eq!(wait(&mut ring).result, 4096);
+        ring.datasync(&fd, "sync");
+        assert_eq!(wait(&mut ring).result, 0);
+        buffer.fill_zero();
+        ring.read(&fd, buffer.clone(), span, "read");
+        let read = wait(&mut ring);
+        assert_eq!((read.context, read.result), ("read", 4096));
+        assert_eq!(buffer.to_bytes(), vec![7; 4096]);
+        ring.fallocate(&fd, libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, 8192, 4096, "punch");
+        assert_eq!(wait(&mut ring).result, 0);
+        ring.read(&fd, buffer.clone(), span, "read");
+        wait(&mut ring);
+        assert!(buffer.is_zero());
+        assert_eq!(ring.in_flight(), 0);
+    }
+
+    #[test]
+    fn more_operations_than_the_queue_holds_are_all_done() {
+        let pool = BufferPool::new(MIN_POOL_BYTES);
+        let mut ring = Ring::new().unwrap();
+        let fd = Rc::new(OwnedFd::from(tempfile::tempfile().unwrap()));
+        let buffer = pool.take(4096, Account::FrontEnd).unwrap();
+        let count = 3 * SUBMISSION_ENTRIES as usize;
+        for nr in 0..count {
+            let span = FileSpan { buffer_offset: 0, len: 4096, file_offset: nr as u64 * 4096 };
+            ring.write(&fd, buffer.clone(), span, false, nr);
+        }
+        let mut seen: Vec<_> = (0..count)
+            .map(|_| {
+                let done = wait(&mut ring);
+                assert_eq!(done.result, 4096);
+                done.context
+            })
+            .collect();
+        seen.sort_unstable();
+        assert_eq!(seen, (0..count).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_dropped_ring_takes_its_operations_back() {
+        let (near, far) = UnixStream::pair().unwrap();
+        let fd = Rc::new(OwnedFd::from(near));
+        let mut ring = Ring::new().unwrap();
+        let memory = RecvMemory::new(4096);
+        let plan = RecvPlan { payload: 0..0, staging: 0..4096, wait_all: false, poll_first: true };
+        ring.recv(&fd, memory, &plan, ());
+        ring.submit().unwrap();
+        assert_eq!(Rc::strong_count(&fd), 2);
+        drop(ring);
+        assert_eq!(Rc::strong_count(&fd), 1, "the receive was cancelled and its slot given back");
+        drop(far);
+    }
+
+    #[test]
+    fn a_timeout_is_no_error() {
+        let mut ring: Ring<()> = Ring::new().unwrap();
+        ring.submit_and_wait(Some(Duration::from_millis(1))).unwrap();
+        ring.reap();
+        assert!(ring.next_completion().is_none());
+    }
+}

@@ -293,3 +293,129 @@ impl Sender {
         self.gathering.clear();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::runtime::buffers::{Account, BufferPool, MIN_POOL_BYTES};
+    use crate::runtime::ring::{Completion, Memory};
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+    use std::time::Duration;
+
+    fn wait(ring: &mut Ring<()>) -> Completion<()> {
+        loop {
+            ring.reap();
+            if let Some(completion) = ring.next_completion() {
+                return completion;
+            }
+            ring.submit_and_wait(Some(Duration::from_secs(10))).unwrap();
+        }
+    }
+
+    fn receive(receiver: &mut Receiver, ring: &mut Ring<()>, fd: &Rc<OwnedFd>) -> Received {
+        receiver.arm(ring, fd, ());
+        let done = wait(ring);
+        let Memory::Recv(memory) = done.memory else { panic!("{:?}", done.memory) };
+        receiver.on_completion(memory, done.result, done.more_waiting)
+    }
+
+    /// A stream of `[length: u32][payload]` arrives whole whatever the sizes: payloads that fit the staging area, that
+    /// do not, and that switch between the two ways to receive.
+    #[test]
+    fn heads_and_payloads_are_told_apart_whatever_their_sizes() {
+        let (near, mut far) = UnixStream::pair().unwrap();
+        let fd = Rc::new(OwnedFd::from(near));
+        let sizes = [1, 512, 4096, 70_000, 4096, 1 << 20, 1 << 20, 300, 40_000, 65_536, 5, 1 << 19, 4096, 4096];
+        let writer = std::thread::spawn(move || {
+            for (nr, &size) in sizes.iter().enumerate() {
+                far.write_all(&u32::try_from(size).unwrap().to_be_bytes()).unwrap();
+                far.write_all(&vec![u8::try_from(nr + 1).unwrap(); size]).unwrap();
+            }
+        });
+        let pool = BufferPool::new(MIN_POOL_BYTES);
+        let mut ring = Ring::new().unwrap();
+        let mut receiver = Receiver::new();
+        let mut got = Vec::new();
+        let mut end = Received::Some;
+        while end == Received::Some {
+            loop {
+                if let Some(payload) = receiver.take_payload() {
+                    let bytes = payload.to_bytes();
+                    assert!(bytes.iter().all(|&byte| usize::from(byte) == got.len() + 1), "payload {}", got.len());
+                    got.push(bytes.len());
+                } else if receiver.in_payload() {
+                    break;
+                } else if let Some(head) = receiver.staged().first_chunk::<4>() {
+                    let len = u32::from_be_bytes(*head) as usize;
+                    receiver.consume(4);
+                    receiver.begin_payload(pool.take(len, Account::Peer).unwrap());
+                } else {
+                    break;
+                }
+            }
+            end = receive(&mut receiver, &mut ring, &fd);
+        }
+        assert_eq!(end, Received::End);
+        assert_eq!(got, sizes);
+        writer.join().unwrap();
+    }
+
+    #[test]
+    fn frames_leave_in_order_when_the_socket_is_slow() {
+        let (near, mut far) = UnixStream::pair().unwrap();
+        let fd = Rc::new(OwnedFd::from(near));
+        let pool = BufferPool::new(MIN_POOL_BYTES);
+        let mut ring = Ring::new().unwrap();
+        let mut sender = Sender::new();
+        let mut expected = Vec::new();
+        for nr in 0..1500u32 {
+            let payload = if nr % 100 == 7 {
+                let buffer = pool.take(200_000, Account::FrontEnd).unwrap();
+                buffer.copy_in(0, &vec![u8::try_from(nr / 100).unwrap(); 200_000]);
+                SendPayload::Buffer(buffer, 100_000)
+            } else if nr % 2 == 0 {
+                SendPayload::Bytes(bytes::Bytes::from(vec![9; 3]))
+            } else {
+                SendPayload::None
+            };
+            expected.extend_from_slice(&nr.to_be_bytes());
+            match &payload {
+                SendPayload::Buffer(..) => expected.extend(vec![u8::try_from(nr / 100).unwrap(); 100_000]),
+                SendPayload::Bytes(bytes) => expected.extend_from_slice(bytes),
+                SendPayload::None => {}
+            }
+            let head = |out: &mut Vec<u8>| -> Result<(), ()> {
+                out.extend_from_slice(&nr.to_be_bytes());
+                Ok(())
+            };
+            sender.push_with(head, payload).unwrap();
+            if nr == 700 {
+                // The socket is full at some point: the rest goes through the ring.
+                assert_eq!(sender.arm(&mut ring, &fd, ()), Sent::Part);
+            }
+        }
+        assert!(sender.is_armed());
+        assert_eq!(sender.pending(), 1500);
+        let len = expected.len();
+        let reader = std::thread::spawn(move || {
+            let mut bytes = vec![0; len];
+            far.read_exact(&mut bytes).unwrap();
+            bytes
+        });
+        while !sender.is_idle() {
+            if sender.is_armed() {
+                let done = wait(&mut ring);
+                let Memory::Send(memory) = done.memory else { panic!("{:?}", done.memory) };
+                assert!(!matches!(
+                    sender.on_completion(&mut ring, &fd, memory, done.result, ()),
+                    Sent::Failed(_)
+                ));
+            }
+            sender.arm(&mut ring, &fd, ());
+        }
+        assert_eq!(sender.pending(), 0);
+        assert!(reader.join().unwrap() == expected);
+        assert_eq!(pool.used_bytes(Account::FrontEnd), 0);
+    }
+}
