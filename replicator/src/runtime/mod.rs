@@ -1,0 +1,2 @@
+//! Everything that does IO for the core.
+pub mod backing;
