@@ -115,6 +115,14 @@ impl Area {
     /// The log cannot be replayed although the disk was Primary, or IO.
     pub fn apply_al(&mut self) -> Result<Vec<u32>, AreaError> {
         if self.superblock.is_clean() {
+            // Nothing to apply, but the next writer expects an initialised ring.
+            let area = io::read_al(&self.device.file, &self.layout);
+            let pristine = area.is_ok_and(|area| al_ring::replay(&area, &self.layout) == Ok(Vec::new()));
+            if !pristine {
+                io::write_initial_al(&self.device.file, &self.layout)
+                    .map_err(self.device.failed("write the activity log of"))?;
+                self.flush()?;
+            }
             return Ok(Vec::new());
         }
         let was_primary = self.superblock.flags & flags::PRIMARY_IND != 0;
@@ -185,7 +193,8 @@ pub fn restore(device: Device, kind: MetaKind, dump: &RestoredMeta) -> Result<Ar
     let layout =
         Layout::for_device(kind, data_bytes, device.bytes, dump.al_stripes, dump.al_stripe_size_4k)?;
     let mut superblock = Superblock::created(&layout);
-    superblock.la_size = dump.la_size;
+    // A dump of a larger device: what does not exist here cannot be agreed on.
+    superblock.la_size = dump.la_size.min(layout.capacity());
     superblock.uuid = dump.uuid;
     superblock.flags = dump.flags;
     superblock.device_uuid = dump.device_uuid;

@@ -122,6 +122,7 @@ pub fn create(
     Ok(layout)
 }
 
+/// Says what is on the place and asks whether to go on.
 fn check_existing(
     device: &Device,
     layout: &Layout,
