@@ -1,0 +1,2 @@
+//! The operator's side.
+pub mod drbdmeta;
