@@ -1,5 +1,7 @@
 //! Backing disks as the daemon opens them: claims, refusals, and what the core is given.
 #![cfg(feature = "runtime")]
+#![expect(clippy::print_stdout, reason = "a skipped test says so")]
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail the test by panicking")]
 use lockstep_replicator::meta::{BitmapPage, Layout, MetaError, MetaKind, Superblock};
 use lockstep_replicator::runtime::backing::create::{CreateError, CreateOptions, Operator, create};
 use lockstep_replicator::runtime::backing::device::DeviceError;
@@ -175,4 +177,46 @@ fn odd_and_small_sizes() {
     let small = sparse(&dir, "small", (68 << 10) - 1);
     let refused = make(&small, MetaKind::Internal, true, true).0;
     assert!(matches!(refused, Err(CreateError::Meta(MetaError::TooSmall { needed: 69632, .. }))));
+}
+
+/// A loop device on `file`, detached when dropped; `None` with a reason where there are none.
+struct Loop(PathBuf);
+impl Loop {
+    fn on(file: &Path) -> Option<Self> {
+        let output = std::process::Command::new("losetup").args(["-f", "--show"]).arg(file).output();
+        match output {
+            Ok(output) if output.status.success() => {
+                Some(Self(String::from_utf8(output.stdout).unwrap().trim_end().into()))
+            }
+            _ => {
+                println!("skipped: cannot set up a loop device (not root?)");
+                None
+            }
+        }
+    }
+}
+impl Drop for Loop {
+    fn drop(&mut self) {
+        drop(std::process::Command::new("losetup").arg("-d").arg(&self.0).status());
+    }
+}
+
+#[test]
+fn a_block_device_is_claimed_and_created_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = sparse(&dir, "file", 64 * MIB);
+    let Some(device) = Loop::on(&file) else { return };
+    make(&device.0, MetaKind::Internal, false, false).0.unwrap();
+    let under = make(&file, MetaKind::Internal, true, true).0.unwrap_err();
+    assert!(under.to_string().contains("loop device /dev/loop"), "{under}");
+    let (backing, attached) = Backing::open(&device.0, &MetaDisk::Internal).unwrap();
+    assert!(backing.is_block() && backing.logical_block_bytes() >= 512);
+    assert_eq!(attached.capacity, SectorCount(130_992));
+    let mut changed = attached.superblock.clone();
+    changed.uuid[0] = 6;
+    backing.write_superblock(&changed).unwrap();
+    let second = Backing::open(&device.0, &MetaDisk::Internal).unwrap_err();
+    assert_eq!(second.number(), 114, "{second}");
+    drop(backing);
+    assert_eq!(Backing::open(&device.0, &MetaDisk::Internal).unwrap().1.superblock, changed);
 }

@@ -1,5 +1,7 @@
 //! Debian's own drbdmeta against ours: each must accept, byte for byte and word for word, what the other wrote.
 #![cfg(feature = "runtime")]
+#![expect(clippy::print_stdout, reason = "a skipped test says so")]
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail the test by panicking")]
 use lockstep_replicator::admin::drbdmeta::run_to;
 use lockstep_replicator::meta::al_ring::initialised_block;
 use lockstep_replicator::meta::{AlTransaction, Block, Layout, MAGIC_UNCLEAN, MetaKind, Superblock, flags};
@@ -172,7 +174,7 @@ fn compare_fresh(bytes: u64, kind: MetaKind, place: &str, options: &[&str], stri
         }
         assert_eq!(ours(&[], path, place, &["get-gi"]).1, theirs_gi(path, place));
     }
-    if layout.bitmap_area_bytes() % 4096 != 0 {
+    if !layout.bitmap_area_bytes().is_multiple_of(4096) {
         // drbdmeta rounds the bitmap of the largest size up beyond the device and stops in the middle of the dump.
         return;
     }
@@ -267,7 +269,7 @@ fn random_bitmaps_dump_and_restore_both_ways() {
         assert_eq!(restored.0, 0, "{restored:?}");
         same_metadata(&by_us, &by_them, &layout, used);
         edit(&by_us, &layout, |superblock| {
-            superblock.al_nr_extents = superblock_of(&disk, &layout).al_nr_extents
+            superblock.al_nr_extents = superblock_of(&disk, &layout).al_nr_extents;
         });
         same_metadata(&by_us, &disk, &layout, used);
 
