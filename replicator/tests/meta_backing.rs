@@ -220,3 +220,29 @@ fn a_block_device_is_claimed_and_created_on() {
     drop(backing);
     assert_eq!(Backing::open(&device.0, &MetaDisk::Internal).unwrap().1.superblock, changed);
 }
+
+#[test]
+fn real_filesystems_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut seen = 0;
+    for (program, args, name) in [
+        ("mke2fs", &["-q", "-F", "-t", "ext4"][..], "ext4 filesystem"),
+        ("mke2fs", &["-q", "-F", "-t", "ext3"], "ext3 filesystem"),
+        ("mkfs.xfs", &["-q", "-f"], "xfs filesystem"),
+        ("mkfs.btrfs", &["-q", "-f"], "btrfs filesystem"),
+        ("mkfs.vfat", &[], "FAT filesystem"),
+        ("mkswap", &[], "swap space"),
+    ] {
+        let disk = sparse(&dir, name, 512 * MIB);
+        let made = std::process::Command::new(program).args(args).arg(&disk).output();
+        if !made.is_ok_and(|output| output.status.success()) {
+            println!("skipped: {program} is not installed or refused");
+            continue;
+        }
+        let (refused, said) = make(&disk, MetaKind::Internal, true, false);
+        assert!(matches!(refused, Err(CreateError::WouldTruncate { .. })), "{name}: {refused:?}");
+        assert!(said.contains(&format!("Found {name}")), "{said}");
+        seen += 1;
+    }
+    println!("{seen} kinds of filesystem made and recognised");
+}
