@@ -6,6 +6,7 @@ use lockstep_proto::limits::{
 };
 use lockstep_proto::{Message, MessageType, v1};
 use proptest::prelude::*;
+use proptest::test_runner::FileFailurePersistence;
 
 /// A sound range of at most `max_sectors`, near zero, in the middle or at the very end of what the wire can name.
 fn range(max_sectors: u64) -> impl Strategy<Value = (u64, u64)> {
@@ -248,7 +249,15 @@ fn decode_all(wire: &[u8]) -> Result<Vec<(Message, Vec<u8>)>, FrameError> {
     Ok(frames)
 }
 
+/// Inputs that once failed are kept beside this file and tried first.
+fn config() -> ProptestConfig {
+    let kept = FileFailurePersistence::WithSource("proptest-regressions");
+    ProptestConfig { failure_persistence: Some(Box::new(kept)), ..ProptestConfig::default() }
+}
+
 proptest! {
+    #![proptest_config(config())]
+
     #[test]
     fn round_trip(frames in prop::collection::vec(message_and_payload(), 1..6)) {
         let wire: Vec<u8> = frames.iter().flat_map(|(message, payload)| encode(message, payload)).collect();

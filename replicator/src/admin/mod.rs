@@ -1,2 +1,3 @@
-//! The operator's side.
+//! The operator's side: configuration, verbs, metadata tools.
+pub mod config;
 pub mod drbdmeta;
