@@ -1,4 +1,6 @@
 //! lockstep: network RAID-1 for block devices in userspace. See the README for the map; this page will hold the architecture.
+#[cfg(feature = "runtime")]
+pub mod admin;
 pub mod core;
 pub mod meta;
 pub mod units;
