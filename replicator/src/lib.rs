@@ -2,5 +2,7 @@
 #[cfg(feature = "runtime")]
 pub mod admin;
 pub mod core;
+#[cfg(feature = "runtime")]
+pub mod frontend;
 pub mod meta;
 pub mod units;

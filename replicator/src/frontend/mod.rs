@@ -1,0 +1,2 @@
+//! Front ends: the doors through which a user reaches a volume.
+pub mod nbd;
