@@ -1,6 +1,7 @@
 //! The operator's side: configuration, control socket, the daemon, and the commands that talk to it.
 pub mod cli;
 pub mod client;
+pub mod config;
 pub mod control;
 pub mod links;
 pub mod outcome;
