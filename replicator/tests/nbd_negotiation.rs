@@ -1,5 +1,6 @@
 //! The negotiation as a client sees it, byte by byte, and under clients that do not behave.
 #![cfg(feature = "runtime")]
+#![expect(clippy::unwrap_used, reason = "the helpers of a test fail it by a panic")]
 use lockstep_replicator::frontend::nbd::wire::{
     MAX_OPTION_BYTES, MAX_OPTIONS, MAX_SKIPPED_OPTION_BYTES, OPTION_MAGIC, OPTION_REPLY_MAGIC, option, rep,
 };

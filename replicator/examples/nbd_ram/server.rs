@@ -25,11 +25,11 @@ type Entry = Result<(ExportInfo, Arc<File>), ExportRefusal>;
 
 /// The exports of the server.
 #[derive(Clone, Debug, Default)]
-pub struct RamExports(BTreeMap<String, Entry>);
+pub(crate) struct RamExports(BTreeMap<String, Entry>);
 
 impl RamExports {
     /// Adds an export of zeroes.
-    pub fn add(&mut self, name: &str, export: ExportInfo) -> io::Result<()> {
+    pub(crate) fn add(&mut self, name: &str, export: ExportInfo) -> io::Result<()> {
         let memory = File::from(memfd_create(name, MFdFlags::MFD_CLOEXEC)?);
         memory.set_len(export.size_bytes)?;
         self.0.insert(name.to_owned(), Ok((export, Arc::new(memory))));
@@ -37,7 +37,7 @@ impl RamExports {
     }
 
     /// Adds an export that is refused.
-    pub fn add_refused(&mut self, name: &str, refusal: ExportRefusal) {
+    pub(crate) fn add_refused(&mut self, name: &str, refusal: ExportRefusal) {
         self.0.insert(name.to_owned(), Err(refusal));
     }
 
@@ -67,7 +67,7 @@ impl ExportDirectory for RamExports {
 }
 
 /// Serves a unix socket until the future is dropped.
-pub async fn serve_unix(path: &Path, exports: Arc<RamExports>) -> io::Result<()> {
+pub(crate) async fn serve_unix(path: &Path, exports: Arc<RamExports>) -> io::Result<()> {
     let listener = UnixListener::bind(path)?;
     loop {
         let (stream, _) = listener.accept().await?;
@@ -76,7 +76,7 @@ pub async fn serve_unix(path: &Path, exports: Arc<RamExports>) -> io::Result<()>
 }
 
 /// Serves TCP until the future is dropped.
-pub async fn serve_tcp(listener: TcpListener, exports: Arc<RamExports>) -> io::Result<()> {
+pub(crate) async fn serve_tcp(listener: TcpListener, exports: Arc<RamExports>) -> io::Result<()> {
     loop {
         let (stream, _) = listener.accept().await?;
         stream.set_nodelay(true)?;

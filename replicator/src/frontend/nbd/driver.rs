@@ -1,6 +1,7 @@
 //! Runs a [`Negotiation`] over an async stream, under a deadline.
 use super::export::ExportDirectory;
 use super::negotiate::{CloseReason, Negotiated, Negotiation, Step};
+use std::io;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
@@ -25,7 +26,7 @@ pub enum NegotiateError {
     Disconnected,
     /// The socket failed.
     #[error("socket error during the negotiation")]
-    Io(#[from] std::io::Error),
+    Io(#[source] io::Error),
 }
 
 impl NegotiateError {
@@ -68,24 +69,40 @@ where
 {
     let mut out = Vec::new();
     let mut negotiation = Negotiation::start(&mut out);
-    stream.write_all(&out).await?;
+    send(stream, &out).await?;
     let mut piece = vec![0; READ_BYTES];
     let mut filled = 0;
     loop {
         out.clear();
         let step = negotiation.handle(piece.get(..filled).unwrap_or_default(), exports, &mut out);
-        stream.write_all(&out).await?;
-        stream.flush().await?;
+        let sent = send(stream, &out).await;
         match step {
-            Step::Again => filled = 0,
+            // The client's own end counts whether or not it waited for the last answer; QEMU does not.
+            Step::Closed(reason) => return Err(NegotiateError::Closed(reason)),
+            Step::Done(negotiated) => return sent.map(|()| *negotiated),
+            Step::Again => {
+                sent?;
+                filled = 0;
+            }
             Step::NeedInput => {
-                filled = stream.read(&mut piece).await?;
+                sent?;
+                filled = stream.read(&mut piece).await.map_err(socket_error)?;
                 if filled == 0 {
                     return Err(NegotiateError::Disconnected);
                 }
             }
-            Step::Done(negotiated) => return Ok(*negotiated),
-            Step::Closed(reason) => return Err(NegotiateError::Closed(reason)),
         }
+    }
+}
+
+async fn send<S: AsyncWrite + Unpin>(stream: &mut S, bytes: &[u8]) -> Result<(), NegotiateError> {
+    stream.write_all(bytes).await.map_err(socket_error)?;
+    stream.flush().await.map_err(socket_error)
+}
+
+fn socket_error(error: io::Error) -> NegotiateError {
+    match error.kind() {
+        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => NegotiateError::Disconnected,
+        _ => NegotiateError::Io(error),
     }
 }

@@ -1,6 +1,6 @@
 //! The NBD protocol: how a client finds an export, and how its requests become requests of the core.
 //!
-//! A connection lives in two phases. *Negotiation* ([`negotiate`], driven by [`driver`]) is the slow
+//! A connection lives in two phases. *Negotiation* ([`mod@negotiate`], driven by [`driver`]) is the slow
 //! path: fixed newstyle options, on tokio, under a deadline. It ends with a [`Negotiated`] value; the
 //! socket then goes to the resource's own thread. *Transmission* ([`transmission`], [`reply`],
 //! [`pieces`]) is a pure codec without allocation for that thread: 28 bytes in, at most 32 bytes of

@@ -148,7 +148,7 @@ pub const MAX_STRING_BYTES: usize = 4096;
 pub const MAX_OPTION_BYTES: u32 = 16 << 10;
 /// Longest option data skipped, bytes. A client that announces more is dropped.
 pub const MAX_SKIPPED_OPTION_BYTES: u32 = 1 << 20;
-/// Options one client may send. `nbd-client -l` style tools send two per export.
+/// Options one client may send. Tools that list send about two per export.
 pub const MAX_OPTIONS: u32 = 1024;
 
 const _: () = assert!(MAX_BLOCK_BYTES as usize == lockstep_proto::limits::MAX_PAYLOAD_BYTES);
