@@ -303,6 +303,9 @@ pub enum Output {
         id: RequestId,
         /// How it went.
         result: Result<(), RequestError>,
+        /// The data of a read that the peer served, when it is not in the request's own buffer; the
+        /// core's count of it passes to the front end.
+        data: Option<BufferId>,
     },
     /// Do data IO.
     Disk(DiskIo),
