@@ -3,6 +3,7 @@ pub mod cli;
 pub mod client;
 pub mod config;
 pub mod control;
+pub mod drbdmeta;
 pub mod links;
 pub mod outcome;
 pub mod process;

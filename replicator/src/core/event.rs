@@ -8,7 +8,7 @@
 use crate::core::state::{ConnState, DiskState, ReplState, Role};
 use crate::core::status::ResourceStatus;
 use crate::meta::{AlTransaction, Attached, BitmapPage, Superblock};
-use crate::units::{BlockRange, VolumeNr};
+use crate::units::{BlockRange, SectorCount, VolumeNr};
 use bytes::Bytes;
 use lockstep_proto::Message;
 
@@ -153,8 +153,13 @@ pub enum MetaWrite {
 pub enum Payload {
     /// Nothing.
     None,
-    /// Block data in a buffer of the pool, as long as the buffer's contents.
-    Buffer(BufferId),
+    /// Block data in a buffer of the pool.
+    Buffer {
+        /// Which buffer.
+        id: BufferId,
+        /// How much of it, from its start.
+        len: SectorCount,
+    },
     /// Bitmap words.
     Bytes(Bytes),
 }
@@ -354,7 +359,7 @@ pub enum Output {
         /// Which volume.
         volume: VolumeNr,
         /// Its size while Primary.
-        size: Option<crate::units::SectorCount>,
+        size: Option<SectorCount>,
     },
     /// The backing disk of the volume is no longer used; close it.
     DiskReleased(VolumeNr),

@@ -1,11 +1,341 @@
 //! The replication core: all decisions, no IO, no clock, no threads, no randomness of its own.
+//!
+//! [`Resource`] is one resource on one node. Feed it one [`Input`], then drain its [`Output`]s, then
+//! ask [`Resource::poll_timeout`] when to come back. This file routes; the files below decide:
+//!
+//! | file | decides |
+//! |---|---|
+//! | `request.rs` | application reads, writes, flushes: legs, completion rule |
+//! | `peer_request.rs` | writes, reads, barriers received from the peer |
+//! | `transfer_log.rs` | epochs and what is still unacknowledged |
+//! | `metadata.rs` | what is written to the metadata area, in which order |
+//! | `attach.rs` | taking and leaving a backing disk, disk failure |
+//! | `link.rs` | the connection: up, alive, lost |
+//! | `handshake.rs`, `uuid.rs` | what two nodes conclude when they meet |
+//! | `resync.rs` | bitmap exchange, source, target |
+//! | `role.rs`, `verbs.rs` | operators' verbs and refusals |
+//! | `bitmap.rs`, `activity_log.rs`, `interval.rs`, `timer.rs` | leaves without knowledge of the rest |
+//!
+//! Invariants I1-I8 (`docs/invariants.md`) are kept here and asserted where they are cheap to see.
 #![forbid(unsafe_code)]
 pub mod activity_log;
+mod attach;
 pub mod bitmap;
 pub mod config;
+mod device;
 pub mod event;
+mod handshake;
 pub mod interval;
+mod link;
+mod metadata;
+mod peer_request;
+mod report;
+mod request;
+mod resync;
+mod role;
 pub mod state;
 pub mod status;
 pub mod timer;
+pub mod transfer_log;
 pub mod uuid;
+mod verbs;
+
+use crate::units::{Time, VolumeNr};
+use config::ResourceConfig;
+use device::Device;
+use event::{AdminCommand, AdminId, Event, Input, IoId, MetaId, Output, Severity};
+use interval::LockOwner;
+use link::Session;
+use lockstep_proto::Message;
+use metadata::MetaContext;
+use peer_request::{PeerRequest, ReceiveEpochs};
+use request::{Flush, Request};
+use role::{Asked, Down, RoleChange};
+use slab::Slab;
+use state::{ConnState, Role};
+use std::collections::VecDeque;
+use timer::{Timer, Timers};
+use transfer_log::TransferLog;
+
+/// What a data IO was for.
+#[derive(Clone, Copy, Debug)]
+enum IoContext {
+    /// The local leg of an application request.
+    Request(usize),
+    /// The local leg of an application flush.
+    Flush(usize),
+    /// A write of the peer.
+    Peer(usize),
+    /// A read for the peer's application.
+    RemoteRead { volume: usize, session: event::SessionId, request: u64 },
+    /// Makes writes stable before bitmap pages are written, counted up to this many.
+    BitmapFlush { volume: usize, writes: u64 },
+    /// The flush at the end of an epoch.
+    EpochFlush { volume: usize, writes: u64, session: event::SessionId },
+    /// Resync read on the source.
+    ResyncRead { volume: usize, key: usize },
+    /// Resync write on the target.
+    ResyncWrite { volume: usize, key: usize },
+}
+
+/// Who is told how an operator's verb went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Reply {
+    /// An operator.
+    Admin(AdminId),
+    /// A step of a larger verb.
+    Internal,
+}
+
+/// One resource on one node. Methods come in four kinds: [`Resource::status`] and other getters,
+/// [`Resource::handle`] for everything that comes in, [`Resource::poll_output`] for everything that
+/// goes out, [`Resource::poll_timeout`] for time.
+#[derive(Debug)]
+pub struct Resource {
+    cfg: ResourceConfig,
+    now: Time,
+    random: u64,
+    role: Role,
+    /// The superblock says Primary: from the first step of a promotion to the last of a demotion.
+    md_primary: bool,
+    peer_role: Role,
+    conn: ConnState,
+    session: Option<Session>,
+    /// `connect --discard-my-data`: for one handshake.
+    discard_my_data: bool,
+    tentative: bool,
+    devices: Vec<Device>,
+    requests: Slab<Request>,
+    next_seq: u32,
+    flushes: Slab<Flush>,
+    tl: TransferLog,
+    rx: ReceiveEpochs,
+    peer_requests: Slab<PeerRequest>,
+    /// Reads served for the peer: wire id and range.
+    remote_reads: Vec<(u64, crate::units::BlockRange)>,
+    ios: Slab<IoContext>,
+    metas: Slab<MetaContext>,
+    timers: Timers,
+    out: VecDeque<Output>,
+    /// Volumes whose activity log has collected waiters and no transaction on the way.
+    al_due: bool,
+    role_change: Option<RoleChange>,
+    down: Option<Down>,
+    /// Questions the peer has not answered.
+    asked: Vec<Asked>,
+    /// Verbs that wait for the end of a handshake.
+    parked: VecDeque<(AdminId, AdminCommand)>,
+    next_state_request: u64,
+    /// Scratch list of lock owners, kept for its memory.
+    granted: Vec<LockOwner>,
+}
+
+impl Resource {
+    /// A resource that is Secondary, diskless and StandAlone. `seed` feeds the generation identifiers.
+    #[must_use]
+    pub fn new(config: ResourceConfig, seed: u64, now: Time) -> Self {
+        let devices = config.volumes.iter().cloned().map(Device::new).collect();
+        Self {
+            cfg: config,
+            now,
+            random: seed,
+            role: Role::Secondary,
+            md_primary: false,
+            peer_role: Role::Unknown,
+            conn: ConnState::StandAlone,
+            session: None,
+            discard_my_data: false,
+            tentative: false,
+            devices,
+            requests: Slab::new(),
+            next_seq: 0,
+            flushes: Slab::new(),
+            tl: TransferLog::default(),
+            rx: ReceiveEpochs::default(),
+            peer_requests: Slab::new(),
+            remote_reads: Vec::new(),
+            ios: Slab::new(),
+            metas: Slab::new(),
+            timers: Timers::default(),
+            out: VecDeque::new(),
+            al_due: false,
+            role_change: None,
+            down: None,
+            asked: Vec::new(),
+            parked: VecDeque::new(),
+            next_state_request: 0,
+            granted: Vec::new(),
+        }
+    }
+
+    /// Takes one input. Never blocks, never fails, never panics on what a peer or operator sent.
+    pub fn handle(&mut self, now: Time, input: Input) {
+        self.now = now;
+        match input {
+            Input::Request(request) => self.on_request(request),
+            Input::Flush { id, volume } => self.on_flush(id, volume),
+            Input::DiskDone { id, result } => self.on_disk_done(id, result),
+            Input::MetaDone { id, result } => self.on_meta_done(id, result),
+            Input::PeerMessage { session, message, payload } => {
+                self.on_peer_message(session, message, payload)
+            }
+            Input::PeerConnected(session) => self.on_peer_connected(session),
+            Input::PeerLost { session, reason } => self.on_peer_lost(session, reason),
+            Input::Admin { id, command } => self.on_admin(id, command),
+            Input::Opened(volume) => self.on_opened(volume, 1),
+            Input::Closed(volume) => self.on_opened(volume, -1),
+            Input::Timeout => {
+                while let Some(timer) = self.timers.take_due(now) {
+                    self.on_timer(timer);
+                }
+            }
+        }
+        self.progress();
+    }
+
+    /// The next thing to do, in order. Drain it after each input or batch of inputs; what can be
+    /// batched (activity-log changes) is put together when everything else was drained.
+    pub fn poll_output(&mut self) -> Option<Output> {
+        if self.out.is_empty() && self.al_due {
+            self.al_due = false;
+            for volume in 0..self.devices.len() {
+                self.al_collect(volume);
+            }
+            self.progress();
+        }
+        self.out.pop_front()
+    }
+
+    /// When to call [`Resource::handle`] with [`Input::Timeout`].
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<Time> {
+        self.timers.next()
+    }
+
+    /// No request, peer request, lock, activity-log reference or IO is outstanding (I8).
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        self.requests.is_empty()
+            && self.flushes.is_empty()
+            && self.peer_requests.is_empty()
+            && self.ios.is_empty()
+            && self.metas.is_empty()
+            && self.tl.is_empty()
+            && self.devices.iter().all(|device| {
+                device.locks.is_idle() && device.al.as_ref().is_none_or(|al| al.references() == 0)
+            })
+    }
+
+    /// Blocks marked on this node, for tests and tools that compare the two sides.
+    #[must_use]
+    pub fn out_of_sync_bits(&self, volume: VolumeNr) -> Option<u64> {
+        self.device_index(volume).map(|at| self.devices[at].bitmap.count())
+    }
+
+    fn on_timer(&mut self, timer: Timer) {
+        match timer {
+            Timer::Handshake => self.on_handshake_timeout(),
+            Timer::Ping => self.on_ping_due(),
+            Timer::PingTimeout => self.on_ping_timeout(),
+            Timer::Ko => self.on_ko(),
+            Timer::IdleBarrier => self.send_barriers(),
+            Timer::Resync => self.on_resync_tick(),
+        }
+    }
+
+    /// Moves every procedure that waits for a condition. Cheap when none is running.
+    fn progress(&mut self) {
+        self.progress_role();
+        for volume in 0..self.devices.len() {
+            if self.devices[volume].procedure.is_some() {
+                self.progress_disk(volume);
+            }
+        }
+        self.progress_down();
+    }
+
+    fn on_disk_done(&mut self, id: IoId, result: Result<event::DiskOk, event::IoError>) {
+        let key = usize::try_from(id.0).unwrap_or(usize::MAX);
+        assert!(self.ios.contains(key), "the runtime answered disk IO {} twice or never got it", id.0);
+        let context = self.ios.remove(key);
+        match context {
+            IoContext::Request(key) => self.on_local_done(key, result),
+            IoContext::Flush(key) => self.on_flush_local_done(key, result.is_ok()),
+            IoContext::Peer(key) => self.on_peer_write_done(key, result),
+            IoContext::RemoteRead { volume, session, request } => {
+                self.on_remote_read_done(volume, session, request, result);
+            }
+            IoContext::BitmapFlush { volume, writes } => {
+                self.on_bitmap_flushed(volume, writes, result.is_ok())
+            }
+            IoContext::EpochFlush { volume, writes, session } => {
+                self.on_epoch_flushed(volume, writes, session, result.is_ok());
+            }
+            IoContext::ResyncRead { volume, key } => self.on_resync_read_done(volume, key, result),
+            IoContext::ResyncWrite { volume, key } => self.on_resync_write_done(volume, key, result),
+        }
+    }
+
+    /// Emits a data IO and remembers what it is for.
+    fn submit_io(
+        &mut self,
+        volume: usize,
+        op: event::DiskOp,
+        range: Option<crate::units::BlockRange>,
+        fua: bool,
+        buffer: Option<event::BufferId>,
+        context: IoContext,
+    ) {
+        let id = IoId(self.ios.insert(context) as u64);
+        let device = &mut self.devices[volume];
+        device.ios += 1;
+        let nr = device.nr;
+        self.out.push_back(Output::Disk(event::DiskIo { id, volume: nr, op, range, fua, buffer }));
+    }
+
+    fn device_index(&self, volume: VolumeNr) -> Option<usize> {
+        self.devices.iter().position(|device| device.nr == volume)
+    }
+
+    fn wire_device(&self, volume: u32) -> Option<usize> {
+        u16::try_from(volume).ok().and_then(|nr| self.device_index(VolumeNr(nr)))
+    }
+
+    fn event(&mut self, event: Event) {
+        self.out.push_back(Output::Event(event));
+    }
+
+    fn note(&mut self, severity: Severity, text: impl Into<String>) {
+        self.event(Event::Note(severity, text.into()));
+    }
+
+    /// Sends on the current session, if there is one.
+    fn send(&mut self, message: Message, payload: event::Payload) {
+        if let Some(session) = &self.session {
+            let session = session.id;
+            self.out.push_back(Output::Send { session, message, payload });
+        }
+    }
+
+    /// A number that is never 0, 1, 4 or 5 and whose bit 0 is clear (splitmix64).
+    fn random_uuid(&mut self) -> u64 {
+        loop {
+            self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
+            let mut z = self.random;
+            z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+            let uuid = uuid::masked(z ^ (z >> 31));
+            if uuid > 15 {
+                return uuid;
+            }
+        }
+    }
+
+    fn meta(&mut self, volume: usize, write: event::MetaWrite, context: MetaContext) {
+        let id = MetaId(self.metas.insert(context) as u64);
+        let device = &mut self.devices[volume];
+        device.ios += 1;
+        let volume = device.nr;
+        self.out.push_back(Output::Meta { id, volume, write });
+    }
+}

@@ -6,8 +6,7 @@
 //!
 //! The bitmap may be 512 MiB of mostly equal words, so it is pushed through [`BitmapDump`] piece by piece.
 use crate::meta::layout::Layout;
-use crate::meta::{BITMAP_PAGE_BITS, BITMAP_PAGE_BYTES, Superblock};
-use crate::units::SECTORS_PER_BIT;
+use crate::meta::Superblock;
 use std::io::{self, Write};
 
 /// Words on one line.
@@ -25,8 +24,7 @@ pub const UNCLEAN_WORD: &str = "This_is_an_unclean_meta_data_dump._Don't_trust_t
 /// Number of bitmap words a dump shows: whole pages up to the last agreed size, at most the area.
 #[must_use]
 pub fn dumped_words(superblock: &Superblock, layout: &Layout) -> u64 {
-    let pages = superblock.la_size.0.div_ceil(SECTORS_PER_BIT).div_ceil(BITMAP_PAGE_BITS);
-    pages.saturating_mul(BITMAP_PAGE_BYTES as u64).min(layout.bitmap_area_bytes()) / 8
+    layout.bitmap_bytes_for(superblock.la_size) / 8
 }
 
 /// Writes everything up to and including the opening of the bitmap. `header` holds the comment lines at

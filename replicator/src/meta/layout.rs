@@ -300,8 +300,14 @@ impl Layout {
     /// Bytes of the bitmap that are in use for [`Self::capacity`], in whole pages, clipped to the area.
     #[must_use]
     pub fn bitmap_bytes(&self) -> u64 {
-        let bits = self.capacity.0.div_ceil(SECTORS_PER_BIT);
-        (bits.div_ceil(BITMAP_PAGE_BITS) * BLOCK).min(self.bitmap_area_bytes())
+        self.bitmap_bytes_for(self.capacity)
+    }
+
+    /// Bytes of whole bitmap pages that cover `size`, clipped to the area.
+    #[must_use]
+    pub fn bitmap_bytes_for(&self, size: SectorCount) -> u64 {
+        let pages = size.0.div_ceil(SECTORS_PER_BIT).div_ceil(BITMAP_PAGE_BITS);
+        pages.saturating_mul(BLOCK).min(self.bitmap_area_bytes())
     }
 
     /// Bits of the bitmap that mean something: one per 4 KiB of [`Self::capacity`].

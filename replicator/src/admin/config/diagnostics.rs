@@ -8,7 +8,6 @@
 //! ```
 use super::source::{Location, Sources, Span};
 use serde::Serialize;
-use std::fmt::Write as _;
 
 /// Problems kept at most for one configuration; more help nobody, and memory must stay bounded on garbage.
 pub const DIAGNOSTICS_MAX: usize = 200;
@@ -76,20 +75,19 @@ impl Diagnostic {
             Severity::Error => "error",
             Severity::Warning => "warning",
         };
-        // Writing into a String cannot fail; the results are dropped for that reason.
         if let Some(at) = &self.location {
-            drop(writeln!(out, "{}:{}:{}: {word}: {}", at.file, at.line, at.column, self.message));
-            drop(writeln!(out, "{:>5} | {}", at.line, self.source_line));
-            drop(writeln!(out, "      | {}{}", " ".repeat(self.caret), "^".repeat(self.caret_len)));
+            out.push_str(&format!("{}:{}:{}: {word}: {}\n", at.file, at.line, at.column, self.message));
+            out.push_str(&format!("{:>5} | {}\n", at.line, self.source_line));
+            out.push_str(&format!("      | {}{}\n", " ".repeat(self.caret), "^".repeat(self.caret_len)));
         } else {
-            drop(writeln!(out, "{word}: {}", self.message));
+            out.push_str(&format!("{word}: {}\n", self.message));
         }
         if let Some(hint) = &self.hint {
-            drop(writeln!(out, "      = hint: {hint}"));
+            out.push_str(&format!("      = hint: {hint}\n"));
         }
         for note in &self.notes {
             let at = &note.location;
-            drop(writeln!(out, "{}:{}:{}: note: {}", at.file, at.line, at.column, note.message));
+            out.push_str(&format!("{}:{}:{}: note: {}\n", at.file, at.line, at.column, note.message));
         }
         out
     }
@@ -149,6 +147,10 @@ impl Sink {
     /// No more problems are kept: costly hints need not be computed.
     pub(crate) fn full(&self) -> bool {
         self.problems.len() >= DIAGNOSTICS_MAX
+    }
+
+    pub(crate) fn errors(&self) -> usize {
+        self.errors
     }
 
     pub(crate) fn has_errors(&self) -> bool {

@@ -4,7 +4,6 @@ use super::lexer::is_word_byte;
 use super::model::{Config, MetaDisk, Resource, Sections};
 use super::options::{Kind, OptionSet, Section, Value};
 use super::table;
-use std::fmt::Write as _;
 
 /// Everything, or one resource, as seen from the node `node_name`. `None`: there is no such resource.
 #[must_use]
@@ -38,8 +37,7 @@ fn quoted(text: &str) -> String {
 
 impl Text {
     fn line(&mut self, level: usize, text: &str) {
-        // Writing into a String cannot fail.
-        drop(writeln!(self.0, "{}{text}", "    ".repeat(level)));
+        self.0.push_str(&format!("{}{text}\n", "    ".repeat(level)));
     }
 
     /// A statement whose value starts at column 25 of the line, whatever the level.
@@ -147,7 +145,7 @@ impl Text {
             HostKind::On => self.line(1, &format!("on {names} {{")),
             HostKind::Floating => self.line(1, &format!("{:<16} {address} {{", "floating")),
             HostKind::StackedOnTopOf(lower) => {
-                self.line(1, &format!("stacked-on-top-of {} {{", quoted(lower)))
+                self.line(1, &format!("stacked-on-top-of {} {{", quoted(lower)));
             }
         }
         self.line(2, &format!("node-id {node_id};"));

@@ -1,4 +1,4 @@
-//! Bytes to tokens (ADM §1.2). Every byte sequence has tokens: what is not a word becomes a [`TokenKind::Bad`] that the
+//! Bytes to tokens (ADM §1.2). Every byte sequence has tokens: what is not a word becomes a `TokenKind::Bad` that the
 //! tree reports, unless it stands in a `skip` block.
 use super::source::Span;
 use winnow::LocatingSlice;

@@ -133,6 +133,7 @@ pub fn parse_with(name: &str, bytes: Vec<u8>, loader: &dyn Loader) -> Outcome {
         global: OptionSet::default(),
         common: Sections::default(),
         entries: Vec::new(),
+        shape_errors: 0,
     };
     let Some(file) = top.sources.add(name, bytes) else {
         return Err(vec![Diagnostic::without_place(format!("'{name}' is too large"))]);
@@ -159,13 +160,17 @@ struct Top<'a> {
     global: OptionSet,
     common: Sections,
     entries: Vec<Entry>,
+    /// Errors in braces and semicolons: they can hide any statement.
+    shape_errors: usize,
 }
 
 const TOP_WORDS: &[&str] = &["global", "common", "resource", "include", "skip"];
 
 impl Top<'_> {
     fn file(&mut self, file: u32, depth: usize) {
+        let before = self.sink.errors();
         let raw = tree::parse(&self.sources, file, &mut self.sink);
+        self.shape_errors += self.sink.errors() - before;
         for node in raw.nodes.iter().filter(|n| !n.bad || n.block.is_some()) {
             self.node(&raw, node, file, depth);
         }
@@ -210,8 +215,10 @@ impl Top<'_> {
                 }
                 once(r.sink, &mut self.seen, "resource section", &format!("resource {name}"), span);
                 let Some(nodes) = r.block(node) else { return };
+                let before = r.sink.errors();
                 let decl = r.resource(nodes, name);
-                self.entries.push(Entry { name: name.clone(), span, decl });
+                let broken = r.sink.errors() > before || self.shape_errors > 0;
+                self.entries.push(Entry { name: name.clone(), span, decl, broken });
             }
             "include" => {
                 if r.arity(node, &words, 1) {
@@ -242,7 +249,7 @@ impl Top<'_> {
                 Ok(bytes) => match self.sources.add(&path, bytes) {
                     Some(file) => self.file(file, depth + 1),
                     None => {
-                        self.sink.push(Problem::error(span, format!("include file '{path}' is too large")))
+                        self.sink.push(Problem::error(span, format!("include file '{path}' is too large")));
                     }
                 },
                 Err(e) => {

@@ -1,6 +1,6 @@
 //! The configuration language: DRBD's, legacy spellings included (ADM §1, §2).
 //!
-//! bytes -> [`lexer`] -> tokens -> [`tree`] -> statements with spans -> [`read`] -> typed declarations -> [`resolve`] ->
+//! bytes -> `lexer` -> tokens -> `tree` -> statements with spans -> `read` -> typed declarations -> `resolve` ->
 //! [`Config`], validated once. Every problem of a text is found in one go; none makes the parser panic or slow.
 //!
 //! Where DRBD leaves a choice: node ids of a pair that has none are given by name, 0 to the one that sorts first (DRBD

@@ -287,7 +287,7 @@ impl Serialize for OptionSet {
 /// The known name closest to a misspelt one, when it is close enough to be meant.
 pub(crate) fn nearest<'a>(wrong: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
     let limit = (wrong.len() / 3).clamp(1, 4);
-    if wrong.len() > 40 {
+    if !(3..=40).contains(&wrong.len()) {
         return None;
     }
     known.map(|k| (distance(wrong, k), k)).filter(|(d, _)| *d <= limit).min().map(|(_, k)| k)

@@ -51,9 +51,11 @@ pub(crate) type Seen = BTreeMap<String, Span>;
 
 /// Reports the second use of something.
 pub(crate) fn once(sink: &mut Sink, seen: &mut Seen, what: &str, name: &str, span: Span) -> bool {
-    match seen.get(name) {
+    // A `disk` statement and a `disk` section are two things.
+    let key = format!("{what} {name}");
+    match seen.get(&key) {
         None => {
-            seen.insert(name.to_owned(), span);
+            seen.insert(key, span);
             true
         }
         Some(first) => {
@@ -200,6 +202,10 @@ impl Reader<'_> {
             self.value(node, &words, spec)?
         };
         self.warn_without_meaning(node.span, spec, &value);
+        // Only the 8.x init script read it; `dump` drops it too.
+        if spec.name == table::BECOME_PRIMARY_ON.name {
+            return None;
+        }
         Some(Setting { spec, value, text })
     }
 
@@ -385,7 +391,7 @@ impl Reader<'_> {
                     });
                 }
                 "on" | "floating" | "stacked-on-top-of" => {
-                    self.host(node, &keyword, name, &mut r.hosts, &mut seen)
+                    self.host(node, &keyword, name, &mut r.hosts, &mut seen);
                 }
                 "connection" => {
                     let mut c = ConnectionDecl { span: Place(node.span), ..ConnectionDecl::default() };

@@ -27,9 +27,9 @@ const HOST_WORDS: &[&str] = &[
 const VOLUME_MAX: u16 = 65534;
 
 impl Reader<'_> {
-    fn number_word<T: std::str::FromStr + PartialOrd>(&mut self, word: Word, what: &str, max: T) -> Option<T>
+    fn number_word<T>(&mut self, word: Word, what: &str, max: T) -> Option<T>
     where
-        T: std::fmt::Display,
+        T: std::str::FromStr + PartialOrd + std::fmt::Display + Copy,
     {
         let text = self.text(word);
         match text.parse::<T>() {

@@ -17,6 +17,8 @@ pub(crate) struct Entry {
     pub(crate) name: String,
     pub(crate) span: Span,
     pub(crate) decl: ResourceDecl,
+    /// An error in it was reported: what is missing may just have been unreadable, so nothing more is said about it.
+    pub(crate) broken: bool,
 }
 
 /// Resolves all resources.
@@ -33,7 +35,18 @@ pub(crate) fn resolve(
         .collect();
     let mut entries = entries;
     r.drop_unknown_dependencies(&mut entries);
-    entries.into_iter().map(|e| r.resource(e, &stacked)).collect()
+    let mut out = Vec::new();
+    for e in entries {
+        if e.broken {
+            let mut silent = Sink::default();
+            std::mem::swap(r.sink, &mut silent);
+            out.push(r.resource(e, &stacked));
+            std::mem::swap(r.sink, &mut silent);
+        } else {
+            out.push(r.resource(e, &stacked));
+        }
+    }
+    out
 }
 
 struct Resolver<'a> {
@@ -287,15 +300,15 @@ impl Resolver<'_> {
                     let span = disk.as_ref().map_or(h.span.0, |d| d.span);
                     once(self.sink, &mut self.seen, "disk", &format!("disk:{name}:{}", path.display()), span);
                 }
-                let slot = match &meta_disk {
+                let (what, slot) = match &meta_disk {
                     MetaDisk::Internal => continue,
-                    MetaDisk::External { path } => format!("disk:{name}:{}", path.display()),
+                    MetaDisk::External { path } => ("disk", format!("disk:{name}:{}", path.display())),
                     MetaDisk::Indexed { path, index } => {
-                        format!("meta-disk:{name}:{}[{index}]", path.display())
+                        ("meta-disk", format!("meta-disk:{name}:{}[{index}]", path.display()))
                     }
                 };
                 let span = meta.as_ref().map_or(h.span.0, |m| m.span);
-                once(self.sink, &mut self.seen, "meta-disk", &slot, span);
+                once(self.sink, &mut self.seen, what, &slot, span);
             }
             out.push(HostVolume {
                 nr,

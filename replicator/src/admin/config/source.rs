@@ -118,7 +118,7 @@ impl Sources {
     pub(crate) fn cut(&self, span: Span) -> Cut {
         let (_, start, text) = self.line(span);
         let at = (span.start as usize).saturating_sub(start).min(text.len());
-        let from = if at <= CUT_MAX / 2 { 0 } else { at - CUT_MAX / 2 };
+        let from = at.saturating_sub(CUT_MAX / 2);
         let to = text.len().min(from + CUT_MAX);
         let clean = |bytes: &[u8]| -> String {
             String::from_utf8_lossy(bytes).chars().map(|c| if c.is_control() { ' ' } else { c }).collect()

@@ -34,7 +34,7 @@ pub(crate) fn number(text: &str, unit: Unit) -> Result<u64, (String, String)> {
         let hint = if what.is_empty() {
             "write the bare number".into()
         } else {
-            format!("the unit is 1{what}; write the bare number")
+            format!("the unit is{}; write the bare number", what.trim_start_matches(" x"))
         };
         return Err((format!("the suffix '{suffix}' has no meaning here"), hint));
     };

@@ -1,0 +1,536 @@
+//! Taking and leaving a backing disk, and losing one.
+//!
+//! ```text
+//! Diskless --attach--> Attaching: bitmap (with hot extents set) -> superblock -> empty log -> superblock --> state by flags
+//! any --detach--> Detaching: drain, flush, bitmap -> empty log -> clean superblock --> Diskless
+//! any --error--> Failed: wait for IO in flight --> Diskless
+//! ```
+//! Each arrow is durable before the next step, so a crash anywhere replays to the same or more bits.
+use super::activity_log::{ActivityLog, CONTEXT_SLOTS, MAX_SLOTS, MIN_SLOTS};
+use super::bitmap::Bitmap;
+use super::device::Device;
+use super::event::{AdminCommand, Event, IoError, MetaWrite, Output, Refusal, Severity};
+use super::metadata::{BitmapThen, MetaContext, SuperblockThen};
+use super::state::{ConnState, DiskState, ReplState, Role};
+use super::transfer_log::EpochNr;
+use super::uuid::{UuidSet, masked};
+use super::verbs::refusal;
+use super::{Reply, Resource};
+use crate::core::config::OnIoError;
+use crate::meta::{Attached, flags};
+use crate::units::{BITS_PER_AL_EXTENT, BlockRange, SECTORS_PER_AL_EXTENT, SectorCount};
+
+/// A procedure on the backing disk of one volume.
+#[derive(Debug)]
+pub(super) enum DiskProcedure {
+    /// Applying what was found.
+    Attach {
+        reply: Reply,
+        step: AttachStep,
+        /// Superblock flags that stay as found until the log was applied.
+        keep: u32,
+    },
+    /// Leaving cleanly.
+    Detach { reply: Reply, step: DetachStep, drain_through: Option<EpochNr> },
+    /// Waiting for IO in flight on a failed disk.
+    Failing { reply: Option<Reply> },
+}
+
+/// Which write of an attach is on its way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum AttachStep {
+    Bitmap,
+    Superblock,
+    AlInit,
+    FinalSuperblock,
+}
+
+/// Which step of a detach is on its way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum DetachStep {
+    Drain,
+    Bitmap,
+    AlInit,
+    Superblock,
+}
+
+impl Resource {
+    pub(super) fn on_attach(&mut self, reply: Reply, volume: usize, attached: Attached) {
+        match self.check_attach(volume, &attached) {
+            Ok(()) => self.start_attach(reply, volume, attached),
+            Err(refused) => {
+                let nr = self.devices[volume].nr;
+                if self.devices[volume].disk == DiskState::Diskless {
+                    self.out.push_back(Output::DiskReleased(nr));
+                }
+                self.reply(reply, Err(refused));
+            }
+        }
+    }
+
+    fn check_attach(&self, volume: usize, attached: &Attached) -> Result<(), Refusal> {
+        let device = &self.devices[volume];
+        let name = format!("{}/{}", self.cfg.name, device.nr.0);
+        if device.disk != DiskState::Diskless {
+            return Err(refusal(
+                124,
+                "Device is attached to a disk (use detach first)",
+                vec![format!("the disk of {name} is {}", device.disk)],
+                &format!("drbdadm detach {name}"),
+            ));
+        }
+        let superblock = &attached.superblock;
+        let needed = if device.size.0 != 0 { device.size } else { superblock.la_size };
+        if needed > attached.capacity {
+            return Err(refusal(
+                if superblock.flags & flags::CONSISTENT == 0 { 111 } else { 170 },
+                "Low.dev. too small.",
+                vec![
+                    format!("the volume has {} sectors of data", needed.0),
+                    format!("the disk holds {} sectors beside its metadata", attached.capacity.0),
+                ],
+                "give the backing device its former size back, or shrink the volume with resize --size first",
+            ));
+        }
+        let exposed = masked(device.exposed_uuid);
+        if self.role == Role::Primary && device.repl == ReplState::Off && exposed != 0 {
+            let found = masked(superblock.uuid[0]);
+            if found != exposed {
+                return Err(refusal(
+                    150,
+                    "Can only attach to the data we lost last (see kernel log).",
+                    vec![
+                        format!("the application was shown generation {exposed:016X}"),
+                        format!("the disk holds generation {found:016X}"),
+                    ],
+                    &format!("connect to the peer first: drbdadm connect {}", self.cfg.name),
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    fn start_attach(&mut self, reply: Reply, volume: usize, attached: Attached) {
+        let primary = self.role == Role::Primary;
+        let device = &mut self.devices[volume];
+        let Attached { superblock, hot_extents, al_unusable, bitmap, capacity, discard, logical_block_bytes } =
+            attached;
+        let found = superblock.flags;
+        let was_primary = found & flags::PRIMARY_IND != 0;
+        let crashed = found & flags::CRASHED_PRIMARY != 0 || (was_primary && !primary);
+        device.capacity = capacity;
+        device.discard = discard;
+        device.logical_block_bytes = logical_block_bytes;
+        if device.size.0 == 0 {
+            device.size = if superblock.la_size.0 != 0 {
+                superblock.la_size
+            } else {
+                SectorCount(device.cfg.user_size.map_or(capacity.0, |user| user.0.min(capacity.0)))
+            };
+        }
+        device.uuids = UuidSet::from_array(superblock.uuid);
+        if !primary {
+            device.uuids.current = masked(device.uuids.current);
+        }
+        device.crashed_primary = crashed;
+        device.full_sync = false;
+        device.md_clean = false;
+        device.md_disk = if found & flags::CONSISTENT == 0 {
+            DiskState::Inconsistent
+        } else if found & flags::WAS_UP_TO_DATE == 0 {
+            DiskState::Outdated
+        } else {
+            DiskState::Consistent
+        };
+        if found & flags::PEER_OUT_DATED != 0 && device.repl == ReplState::Off {
+            device.peer_disk = DiskState::Outdated;
+        }
+
+        let covered_by_disk = bitmap.len() as u64 * 64;
+        let nr_bits = Device::nr_bits(device.size);
+        device.bitmap = Bitmap::from_words(bitmap, nr_bits);
+        // Bits the disk does not hold are unknown: take them as set.
+        device.bitmap.set_range(covered_by_disk.min(nr_bits)..nr_bits);
+        let disabled = found & flags::AL_DISABLED != 0 && (was_primary || crashed);
+        let all = found & flags::FULL_SYNC != 0 || disabled || (al_unusable && was_primary);
+        if all {
+            device.bitmap.set_all();
+        } else if was_primary {
+            for extent in hot_extents {
+                let first = u64::from(extent) * BITS_PER_AL_EXTENT;
+                device.bitmap.set_range(first..first + BITS_PER_AL_EXTENT);
+            }
+        }
+        let bits = device.bitmap.count();
+        device.found = Some(superblock);
+        // Not `all` alone: the flags that made us set all bits stay on disk until the bits are there.
+        let keep = found & (flags::PRIMARY_IND | flags::FULL_SYNC | flags::AL_DISABLED);
+        device.procedure = Some(DiskProcedure::Attach { reply, step: AttachStep::Bitmap, keep });
+        let nr = device.nr;
+        self.set_disk(volume, DiskState::Attaching);
+        if was_primary {
+            let what = if all { "every block".to_owned() } else { format!("{bits} blocks of 4 KiB") };
+            self.note(
+                Severity::Info,
+                format!("volume {}: this node was Primary when it stopped; {what} marked from the activity log and the bitmap", nr.0),
+            );
+        }
+        if al_unusable && was_primary {
+            self.note(
+                Severity::Warning,
+                format!(
+                    "volume {}: the activity log is not readable, so every block counts as changed",
+                    nr.0
+                ),
+            );
+        }
+        self.write_bitmap(volume, BitmapThen::Disk);
+    }
+
+    /// Flags that a running attach keeps in the superblock.
+    pub(super) fn attach_keeps_flags(&self, volume: usize) -> u32 {
+        match &self.devices[volume].procedure {
+            Some(DiskProcedure::Attach {
+                step: AttachStep::Bitmap | AttachStep::Superblock | AttachStep::AlInit,
+                keep,
+                ..
+            }) => *keep,
+            _ => 0,
+        }
+    }
+
+    /// The write of the current step is durable.
+    pub(super) fn disk_step_done(&mut self, volume: usize) {
+        match &mut self.devices[volume].procedure {
+            Some(DiskProcedure::Attach { step, .. }) => match step {
+                AttachStep::Bitmap => {
+                    *step = AttachStep::Superblock;
+                    self.md_touch(volume);
+                    self.md_then(volume, SuperblockThen::Disk);
+                }
+                AttachStep::Superblock => {
+                    *step = AttachStep::AlInit;
+                    self.meta(volume, MetaWrite::AlInit, MetaContext::AlInit(volume));
+                }
+                AttachStep::AlInit => {}
+                AttachStep::FinalSuperblock => self.finish_attach(volume),
+            },
+            Some(DiskProcedure::Detach { step, .. }) => match step {
+                DetachStep::Drain | DetachStep::AlInit => {}
+                DetachStep::Bitmap => {
+                    *step = DetachStep::AlInit;
+                    self.meta(volume, MetaWrite::AlInit, MetaContext::AlInit(volume));
+                }
+                DetachStep::Superblock => self.finish_detach(volume),
+            },
+            Some(DiskProcedure::Failing { .. }) | None => {}
+        }
+    }
+
+    pub(super) fn on_al_initialised(&mut self, volume: usize) {
+        match &mut self.devices[volume].procedure {
+            Some(DiskProcedure::Attach { step, .. }) => *step = AttachStep::FinalSuperblock,
+            Some(DiskProcedure::Detach { step, .. }) => {
+                *step = DetachStep::Superblock;
+                self.devices[volume].md_clean = true;
+            }
+            Some(DiskProcedure::Failing { .. }) | None => return,
+        }
+        self.md_touch(volume);
+        self.md_then(volume, SuperblockThen::Disk);
+    }
+
+    fn finish_attach(&mut self, volume: usize) {
+        let Some(DiskProcedure::Attach { reply, .. }) = self.devices[volume].procedure.take() else { return };
+        let connected = self.conn == ConnState::Connected && self.peer_info_known(volume);
+        let device = &mut self.devices[volume];
+        let ring = device.found.as_ref().map_or(8, |sb| sb.al_stripes.saturating_mul(sb.al_stripe_size_4k));
+        let held = u32::try_from(CONTEXT_SLOTS).unwrap_or(0).saturating_mul(ring.saturating_sub(1));
+        let slots = device.cfg.al_extents.min(held).clamp(MIN_SLOTS, MAX_SLOTS);
+        device.al = Some(ActivityLog::new(slots, device.size.0.div_ceil(SECTORS_PER_AL_EXTENT)));
+        device.writes_flushed = device.writes_done;
+        // Without fencing, Consistent counts as UpToDate at once (SEM §5).
+        let by_flags =
+            if device.md_disk == DiskState::Consistent { DiskState::UpToDate } else { device.md_disk };
+        if connected {
+            device.negotiating = true;
+            self.set_disk(volume, DiskState::Negotiating);
+            self.send_volume_info(volume, lockstep_proto::v1::volume_info::Phase::Attach);
+        } else {
+            self.set_disk(volume, by_flags);
+            if self.role == Role::Primary {
+                self.update_export(volume);
+            }
+        }
+        self.reply(reply, Ok(()));
+        self.handshake_try_send();
+    }
+
+    pub(super) fn on_detach(&mut self, reply: Reply, volume: usize, force: bool) {
+        let device = &self.devices[volume];
+        let name = format!("{}/{}", self.cfg.name, device.nr.0);
+        match device.disk {
+            DiskState::Diskless => return self.reply(reply, Ok(())),
+            DiskState::Attaching | DiskState::Detaching | DiskState::Negotiating => {
+                let facts = vec![format!("the disk of {name} is {}", device.disk)];
+                let refused = refusal(
+                    -18,
+                    "In transient state, retry after next state change",
+                    facts,
+                    "try again in a moment",
+                );
+                return self.reply(reply, Err(refused));
+            }
+            DiskState::Failed => {
+                if let Some(DiskProcedure::Failing { reply: slot @ None }) =
+                    &mut self.devices[volume].procedure
+                {
+                    *slot = Some(reply);
+                } else {
+                    self.reply(reply, Ok(()));
+                }
+                return;
+            }
+            DiskState::Inconsistent
+            | DiskState::Outdated
+            | DiskState::Consistent
+            | DiskState::UpToDate
+            | DiskState::DUnknown => {}
+        }
+        if self.role == Role::Primary
+            && !device.peer_readable()
+            && device.disk == DiskState::UpToDate
+            && !force
+        {
+            let facts = vec![
+                format!("{name} is Primary here and this disk is the last good copy"),
+                format!("the peer's disk is {}, connection {}", device.peer_disk, self.conn),
+            ];
+            let refused = refusal(
+                -2,
+                "Need access to UpToDate data",
+                facts,
+                &format!("drbdadm secondary {}, then detach", self.cfg.name),
+            );
+            return self.reply(reply, Err(refused));
+        }
+        if force {
+            self.fail_disk(volume, "detach --force", None);
+            match &mut self.devices[volume].procedure {
+                Some(DiskProcedure::Failing { reply: slot }) => *slot = Some(reply),
+                _ => self.reply(reply, Ok(())),
+            }
+            return;
+        }
+        let drain_through = self.close_epoch();
+        self.devices[volume].procedure =
+            Some(DiskProcedure::Detach { reply, step: DetachStep::Drain, drain_through });
+        self.abort_resync(volume);
+        self.set_disk(volume, DiskState::Detaching);
+    }
+
+    /// Moves a detach or failure on when what it waits for has happened.
+    pub(super) fn progress_disk(&mut self, volume: usize) {
+        let idle = self.devices[volume].ios == 0;
+        match &self.devices[volume].procedure {
+            Some(DiskProcedure::Detach { step: DetachStep::Drain, drain_through, .. }) => {
+                let acked = drain_through.is_none_or(|nr| self.tl.acked_through(nr));
+                let locally_done = idle && self.devices[volume].al_waiters.is_empty();
+                if acked && locally_done {
+                    if let Some(DiskProcedure::Detach { step, .. }) = &mut self.devices[volume].procedure {
+                        *step = DetachStep::Bitmap;
+                    }
+                    self.al_abandon(volume);
+                    self.write_bitmap(volume, BitmapThen::Disk);
+                }
+            }
+            Some(DiskProcedure::Failing { .. }) if idle => {
+                if let Some(DiskProcedure::Failing { reply }) = self.devices[volume].procedure.take() {
+                    self.release_disk(volume);
+                    if let Some(reply) = reply {
+                        self.reply(reply, Ok(()));
+                    }
+                }
+            }
+            Some(
+                DiskProcedure::Attach { .. } | DiskProcedure::Detach { .. } | DiskProcedure::Failing { .. },
+            )
+            | None => {}
+        }
+    }
+
+    fn finish_detach(&mut self, volume: usize) {
+        let Some(DiskProcedure::Detach { reply, .. }) = self.devices[volume].procedure.take() else { return };
+        self.release_disk(volume);
+        self.reply(reply, Ok(()));
+    }
+
+    fn release_disk(&mut self, volume: usize) {
+        let device = &mut self.devices[volume];
+        device.exposed_uuid = device.uuids.current;
+        device.found = None;
+        device.md_clean = false;
+        device.md_disk = DiskState::Diskless;
+        device.bitmap = Bitmap::default();
+        device.capacity = SectorCount(0);
+        device.crashed_primary = false;
+        device.full_sync = false;
+        device.negotiating = false;
+        if self.role != Role::Primary && self.conn < ConnState::Connected {
+            device.size = SectorCount(0);
+        }
+        let nr = device.nr;
+        self.set_disk(volume, DiskState::Diskless);
+        self.out.push_back(Output::DiskReleased(nr));
+        self.handshake_try_send();
+    }
+
+    /// A data IO failed: what `on-io-error` says (SEM §21).
+    pub(super) fn on_local_io_error(
+        &mut self,
+        volume: usize,
+        what: &str,
+        range: Option<BlockRange>,
+        error: IoError,
+    ) {
+        let device = &mut self.devices[volume];
+        if matches!(device.disk, DiskState::Failed | DiskState::Diskless) {
+            return;
+        }
+        if let Some(range) = range {
+            device.mark(range);
+        }
+        match device.cfg.on_io_error {
+            OnIoError::PassOn => {
+                let nr = device.nr;
+                let worse = device.disk > DiskState::Inconsistent && device.disk != DiskState::Detaching;
+                self.note(
+                    Severity::Error,
+                    format!("volume {}: {what} failed ({error:?}); passed on as configured", nr.0),
+                );
+                if worse {
+                    self.set_disk(volume, DiskState::Inconsistent);
+                }
+            }
+            OnIoError::Detach | OnIoError::CallLocalIoError => self.fail_disk(volume, what, Some(error)),
+        }
+    }
+
+    /// The own disk cannot be used any more.
+    pub(super) fn fail_disk(&mut self, volume: usize, why: &str, error: Option<IoError>) {
+        if matches!(self.devices[volume].disk, DiskState::Failed | DiskState::Diskless) {
+            return;
+        }
+        let nr = self.devices[volume].nr;
+        let detail = error.map(|error| format!(" ({error:?})")).unwrap_or_default();
+        self.note(Severity::Error, format!("volume {}: {why}{detail}; the disk is detached", nr.0));
+        let pending = match self.devices[volume].procedure.take() {
+            Some(DiskProcedure::Attach { reply, .. } | DiskProcedure::Detach { reply, .. }) => Some(reply),
+            Some(DiskProcedure::Failing { reply }) => reply,
+            None => None,
+        };
+        self.devices[volume].procedure = Some(DiskProcedure::Failing { reply: None });
+        if let Some(reply) = pending {
+            let refused = refusal(
+                118,
+                "IO error(s) occurred during initial access to meta-data.",
+                vec![format!("{why}{detail}")],
+                "check the backing device (dmesg), then attach again",
+            );
+            self.reply(reply, Err(refused));
+        }
+        self.abort_resync(volume);
+        self.set_disk(volume, DiskState::Failed);
+        let device = &mut self.devices[volume];
+        device.md_durable = device.md_generation;
+        device.md_writing = None;
+        let waiters = std::mem::take(&mut device.md_waiters);
+        let jobs: Vec<_> = device.bm_running.take().into_iter().chain(device.bm_jobs.drain(..)).collect();
+        device.bm_pages.clear();
+        self.al_abandon(volume);
+        for (_, then) in waiters {
+            self.superblock_then(volume, then);
+        }
+        for job in jobs {
+            self.bitmap_then(volume, job.then);
+        }
+        self.open_gate_without_disk(volume);
+        if self.role == Role::Primary && !self.devices[volume].peer_readable() {
+            self.note(
+                Severity::Error,
+                format!(
+                    "volume {}: the last good copy is gone; IO fails until a peer with good data connects",
+                    nr.0
+                ),
+            );
+        }
+        if self.handshake_running() {
+            self.drop_session(ConnState::NetworkFailure, "the local disk failed during the handshake");
+        }
+    }
+
+    fn open_gate_without_disk(&mut self, volume: usize) {
+        let device = &mut self.devices[volume];
+        device.uuid_gate = None;
+        for key in std::mem::take(&mut device.gated) {
+            if self.requests.contains(key) {
+                self.try_complete(key);
+            }
+        }
+        self.try_complete_flushes();
+    }
+
+    /// The only place where the own disk state changes; each edge is announced.
+    pub(super) fn set_disk(&mut self, volume: usize, new: DiskState) {
+        let device = &mut self.devices[volume];
+        let old = device.disk;
+        if old == new {
+            return;
+        }
+        assert!(legal_disk_edge(old, new), "disk {old} -> {new} is no legal change");
+        device.disk = new;
+        if device.writable() {
+            device.md_disk = new;
+        }
+        let nr = device.nr;
+        self.event(Event::Disk(nr, old, new));
+        if self.devices[volume].has_metadata() && self.devices[volume].procedure.is_none() {
+            self.md_touch(volume);
+        }
+        self.send_state();
+    }
+
+    /// Whether a verb must wait because a disk is between two states.
+    pub(super) fn disk_in_transit(&self) -> bool {
+        self.devices.iter().any(|device| device.procedure.is_some())
+    }
+
+    /// Turns an attach verb over; kept here so that `verbs.rs` needs no knowledge of metadata.
+    pub(super) fn attach_command(&mut self, reply: Reply, command: AdminCommand) {
+        if let AdminCommand::Attach { volume, attached } = command {
+            match self.device_index(volume) {
+                Some(at) => self.on_attach(reply, at, *attached),
+                None => self.reply_no_such_volume(reply, volume),
+            }
+        }
+    }
+}
+
+/// Which changes of the own disk state exist (SEM §5). The last arm is "no".
+const fn legal_disk_edge(old: DiskState, new: DiskState) -> bool {
+    use DiskState::{
+        Attaching, Consistent, Detaching, Diskless, Failed, Inconsistent, Negotiating, Outdated, UpToDate,
+    };
+    match (old, new) {
+        (Diskless, Attaching) | (Failed | Detaching, Diskless) => true,
+        (Attaching, Negotiating | Inconsistent | Outdated | Consistent | UpToDate | Failed) => true,
+        (Negotiating, Inconsistent | Outdated | Consistent | UpToDate | Failed) => true,
+        (Inconsistent | Outdated | Consistent | UpToDate, Detaching | Failed) => true,
+        (
+            Inconsistent | Outdated | Consistent | UpToDate,
+            Inconsistent | Outdated | Consistent | UpToDate,
+        ) => true,
+        (Detaching, Failed) => true,
+        _ => false,
+    }
+}

@@ -1,0 +1,254 @@
+//! One volume: its disk state, identifiers, activity log, bitmap and range locks.
+//!
+//! A `Device` holds facts and small queries; the files named after procedures (`metadata.rs`,
+//! `resync.rs`, `attach.rs`, …) change them as `impl Resource`.
+use crate::core::activity_log::ActivityLog;
+use crate::core::attach::DiskProcedure;
+use crate::core::bitmap::Bitmap;
+use crate::core::config::VolumeConfig;
+use crate::core::interval::IntervalLocks;
+use crate::core::metadata::{AlStep, BitmapJob, SuperblockThen};
+use crate::core::resync::{Resync, RsRead, RsWrite};
+use crate::core::state::{DiskState, ReplState};
+use crate::core::uuid::UuidSet;
+use crate::meta::Superblock;
+use crate::units::{BlockRange, SECTORS_PER_BIT, SectorCount, VolumeNr};
+use std::collections::VecDeque;
+
+/// Who waits for an activity-log transaction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum AlUser {
+    /// A write of the local application.
+    Request(usize),
+    /// A write of a diskless Primary peer.
+    Peer(usize),
+}
+
+/// What is written to the peer for an application write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum MirrorMode {
+    /// The data.
+    Data,
+    /// A note that the range is out of sync.
+    Note,
+    /// Nothing; the range is marked here.
+    Nothing,
+}
+
+/// Counters for `status`.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Counters {
+    pub(super) read_sectors: u64,
+    pub(super) written_sectors: u64,
+    pub(super) al_writes: u64,
+    pub(super) bm_writes: u64,
+    pub(super) sent_sectors: u64,
+    pub(super) received_sectors: u64,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Device {
+    pub(super) cfg: VolumeConfig,
+    pub(super) nr: VolumeNr,
+    pub(super) disk: DiskState,
+    /// The last stable disk state, which the superblock's flags describe while the disk is in transit.
+    pub(super) md_disk: DiskState,
+    pub(super) peer_disk: DiskState,
+    pub(super) repl: ReplState,
+    pub(super) uuids: UuidSet,
+    /// Generation of the data a diskless Primary shows (SEM §9).
+    pub(super) exposed_uuid: u64,
+    /// Agreed size; 0 when unknown.
+    pub(super) size: SectorCount,
+    /// Usable sectors of the own disk; 0 when diskless.
+    pub(super) capacity: SectorCount,
+    pub(super) peer_capacity: SectorCount,
+    pub(super) discard: bool,
+    pub(super) logical_block_bytes: u32,
+    /// The superblock as found at attach: what is kept as it was. `None` when diskless.
+    pub(super) found: Option<Superblock>,
+    pub(super) crashed_primary: bool,
+    pub(super) full_sync: bool,
+    pub(super) bitmap: Bitmap,
+    pub(super) al: Option<ActivityLog>,
+    pub(super) al_waiters: VecDeque<AlUser>,
+    pub(super) al_committing: Vec<AlUser>,
+    pub(super) al_step: AlStep,
+    pub(super) locks: IntervalLocks,
+    /// Data writes completed, and how many of them a completed flush covers.
+    pub(super) writes_done: u64,
+    pub(super) writes_flushed: u64,
+    /// Data and metadata IO in flight on the own disk.
+    pub(super) ios: u32,
+    pub(super) md_generation: u64,
+    pub(super) md_writing: Option<u64>,
+    pub(super) md_durable: u64,
+    pub(super) md_waiters: Vec<(u64, SuperblockThen)>,
+    /// The next superblock write says "clean" (detach).
+    pub(super) md_clean: bool,
+    /// Completions wait until this superblock generation is durable (I2).
+    pub(super) uuid_gate: Option<u64>,
+    pub(super) gated: Vec<usize>,
+    pub(super) bm_jobs: VecDeque<BitmapJob>,
+    pub(super) bm_running: Option<BitmapJob>,
+    /// Snapshot of the running job, until it is handed to the runtime.
+    pub(super) bm_pages: Vec<crate::meta::BitmapPage>,
+    pub(super) open_count: u32,
+    pub(super) exported: Option<SectorCount>,
+    pub(super) resync: Option<Resync>,
+    /// Resync reads served here, resync writes asked for here.
+    pub(super) rs_reads: slab::Slab<RsRead>,
+    pub(super) rs_writes: slab::Slab<RsWrite>,
+    pub(super) procedure: Option<DiskProcedure>,
+    /// An ATTACH phase with the peer is running.
+    pub(super) negotiating: bool,
+    pub(super) counters: Counters,
+}
+
+impl Device {
+    pub(super) fn new(cfg: VolumeConfig) -> Self {
+        let nr = cfg.nr;
+        Self {
+            cfg,
+            nr,
+            disk: DiskState::Diskless,
+            md_disk: DiskState::Diskless,
+            peer_disk: DiskState::DUnknown,
+            repl: ReplState::Off,
+            uuids: UuidSet::default(),
+            exposed_uuid: 0,
+            size: SectorCount(0),
+            capacity: SectorCount(0),
+            peer_capacity: SectorCount(0),
+            discard: true,
+            logical_block_bytes: 512,
+            found: None,
+            crashed_primary: false,
+            full_sync: false,
+            bitmap: Bitmap::default(),
+            al: None,
+            al_waiters: VecDeque::new(),
+            al_committing: Vec::new(),
+            al_step: AlStep::Idle,
+            locks: IntervalLocks::default(),
+            writes_done: 0,
+            writes_flushed: 0,
+            ios: 0,
+            md_generation: 0,
+            md_writing: None,
+            md_durable: 0,
+            md_waiters: Vec::new(),
+            md_clean: false,
+            uuid_gate: None,
+            gated: Vec::new(),
+            bm_jobs: VecDeque::new(),
+            bm_running: None,
+            bm_pages: Vec::new(),
+            open_count: 0,
+            exported: None,
+            resync: None,
+            rs_reads: slab::Slab::new(),
+            rs_writes: slab::Slab::new(),
+            procedure: None,
+            negotiating: false,
+            counters: Counters::default(),
+        }
+    }
+
+    /// The own disk takes writes.
+    pub(super) fn writable(&self) -> bool {
+        match self.disk {
+            DiskState::Inconsistent | DiskState::Outdated | DiskState::Consistent | DiskState::UpToDate => {
+                true
+            }
+            DiskState::Diskless
+            | DiskState::Attaching
+            | DiskState::Detaching
+            | DiskState::Failed
+            | DiskState::Negotiating
+            | DiskState::DUnknown => false,
+        }
+    }
+
+    /// A backing disk is open and its metadata may be written.
+    pub(super) fn has_metadata(&self) -> bool {
+        self.found.is_some() && !matches!(self.disk, DiskState::Diskless | DiskState::Failed)
+    }
+
+    /// Whether `range` of the own disk may be shown to the application.
+    pub(super) fn readable(&self, range: BlockRange) -> bool {
+        match self.disk {
+            DiskState::UpToDate => true,
+            // Blocks already proven equal to the peer's, while a resync runs (I7).
+            DiskState::Inconsistent => {
+                self.peer_disk == DiskState::UpToDate
+                    && self.repl == ReplState::SyncTarget
+                    && !self.bitmap.any(range.bits_touched())
+            }
+            DiskState::Diskless
+            | DiskState::Attaching
+            | DiskState::Detaching
+            | DiskState::Failed
+            | DiskState::Negotiating
+            | DiskState::Outdated
+            | DiskState::DUnknown
+            | DiskState::Consistent => false,
+        }
+    }
+
+    /// The peer is connected and its copy of this volume is good.
+    pub(super) fn peer_readable(&self) -> bool {
+        self.repl != ReplState::Off && self.peer_disk == DiskState::UpToDate
+    }
+
+    /// What an application write sends to the peer (SEM §7): for every state of a connected peer the
+    /// write is either mirrored or marked, never nothing at all.
+    pub(super) fn mirror_mode(&self) -> MirrorMode {
+        let peer_has_disk = match self.peer_disk {
+            DiskState::Inconsistent | DiskState::Outdated | DiskState::Consistent | DiskState::UpToDate => {
+                true
+            }
+            DiskState::Diskless
+            | DiskState::Attaching
+            | DiskState::Detaching
+            | DiskState::Failed
+            | DiskState::Negotiating
+            | DiskState::DUnknown => false,
+        };
+        if !peer_has_disk {
+            return MirrorMode::Nothing;
+        }
+        match self.repl {
+            ReplState::Off => MirrorMode::Nothing,
+            ReplState::Established
+            | ReplState::StartingSyncT
+            | ReplState::WFBitMapT
+            | ReplState::WFSyncUUID
+            | ReplState::SyncSource
+            | ReplState::SyncTarget
+            | ReplState::VerifyS
+            | ReplState::VerifyT
+            | ReplState::PausedSyncS
+            | ReplState::PausedSyncT => MirrorMode::Data,
+            ReplState::StartingSyncS | ReplState::WFBitMapS | ReplState::Ahead | ReplState::Behind => {
+                MirrorMode::Note
+            }
+        }
+    }
+
+    /// Marks a range as out of sync.
+    pub(super) fn mark(&mut self, range: BlockRange) {
+        self.bitmap.set_range(range.bits_touched());
+    }
+
+    /// Clears the blocks the range covers fully: both nodes hold the same data there.
+    pub(super) fn unmark(&mut self, range: BlockRange) -> u64 {
+        self.bitmap.clear_range(range.bits_covered(self.size))
+    }
+
+    /// Bits of the agreed size.
+    pub(super) const fn nr_bits(size: SectorCount) -> u64 {
+        size.0.div_ceil(SECTORS_PER_BIT)
+    }
+}

@@ -1,0 +1,604 @@
+//! Two nodes meet: Hello, then the facts of every volume, then each decides for itself (SEM §13, §26).
+//!
+//! ```text
+//! both: Hello --> (check) --> VolumeInfo per volume --> both have sent and received all --> decide
+//! ```
+//! The decision uses exactly what was sent and received, so both nodes compute mirrored answers. An
+//! identifier is announced only when it is durable, and nothing that was announced changes before the
+//! decision: verbs wait, a failing disk drops the session.
+use super::device::Device;
+use super::event::{Event, Payload, Severity};
+use super::state::{ConnState, DiskState, ReplState, Role};
+use super::uuid::{Fix, Obstacle, Outcome, Rule, Side, UuidSet, decide};
+use super::{Resource, config};
+use crate::units::{SECTORS_PER_AL_EXTENT, SectorCount};
+use lockstep_proto::v1::volume_info::Phase;
+use lockstep_proto::{Message, limits, v1};
+
+/// Flag bits of `VolumeInfo.uuid_flags` (SEM §12).
+mod uuid_flags {
+    pub(super) const DISCARD_MY_DATA: u32 = 1;
+    pub(super) const CRASHED_PRIMARY: u32 = 2;
+    pub(super) const INCONSISTENT: u32 = 4;
+}
+
+/// How far the meeting is.
+#[derive(Debug, Default)]
+pub(super) struct Handshake {
+    hello_seen: bool,
+    sent: Vec<v1::VolumeInfo>,
+    received: Vec<v1::VolumeInfo>,
+    received_all: bool,
+    done: bool,
+}
+
+impl Handshake {
+    pub(super) const fn is_done(&self) -> bool {
+        self.done
+    }
+}
+
+impl Resource {
+    pub(super) fn start_handshake(&mut self) {
+        let net = &self.cfg.net;
+        let hello = v1::Hello {
+            version_min: limits::PROTOCOL_VERSION_MIN,
+            version_max: limits::PROTOCOL_VERSION_MAX,
+            features: limits::FEATURES,
+            node_id: self.cfg.node_id,
+            node_name: self.cfg.node_name.clone(),
+            resource: self.cfg.name.clone(),
+            protocol: protocol_number(net.protocol),
+            after_sb_0pri: net.after_sb_0pri,
+            after_sb_1pri: net.after_sb_1pri,
+            after_sb_2pri: net.after_sb_2pri,
+            allow_two_primaries: net.allow_two_primaries,
+            discard_my_data: self.discard_my_data,
+            tentative: self.tentative,
+            session_nonce: 0,
+            max_payload_bytes: u32::try_from(limits::MAX_PAYLOAD_BYTES).unwrap_or(u32::MAX),
+        };
+        self.send(Message::Hello(hello), Payload::None);
+    }
+
+    /// A session is up and its handshake is not finished.
+    pub(super) fn handshake_running(&self) -> bool {
+        self.session.as_ref().is_some_and(|session| !session.handshake.done)
+    }
+
+    pub(super) fn on_hello(&mut self, hello: v1::Hello) {
+        if self.session.as_ref().is_some_and(|session| session.handshake.hello_seen) {
+            return self.protocol_error("a second Hello");
+        }
+        let _spoken = hello.version_max.min(limits::PROTOCOL_VERSION_MAX);
+        if hello.version_min > limits::PROTOCOL_VERSION_MAX
+            || hello.version_max < limits::PROTOCOL_VERSION_MIN
+        {
+            let why = format!(
+                "the peer speaks protocol versions {}-{}, this node {}-{}",
+                hello.version_min,
+                hello.version_max,
+                limits::PROTOCOL_VERSION_MIN,
+                limits::PROTOCOL_VERSION_MAX
+            );
+            return self.refuse_peer(&why, "upgrade the older node");
+        }
+        if hello.resource != self.cfg.name
+            || hello.node_id != self.cfg.peer_node_id
+            || hello.node_id == self.cfg.node_id
+        {
+            let why = format!(
+                "the peer is resource {:?}, node id {} ({}); expected {:?}, node id {}",
+                hello.resource, hello.node_id, hello.node_name, self.cfg.name, self.cfg.peer_node_id
+            );
+            return self.refuse_peer(&why, "make the configuration equal on both nodes");
+        }
+        if let Some((option, theirs, ours)) = self.incompatible_option(&hello) {
+            let why = format!("incompatible {option} settings: {theirs} on {}, {ours} here", hello.node_name);
+            return self.refuse_peer(&why, "make the configuration equal on both nodes");
+        }
+        if hello.discard_my_data && self.discard_my_data {
+            return self.refuse_peer(
+                "both nodes were told to discard their data",
+                "connect one of them without --discard-my-data",
+            );
+        }
+        if let Some(session) = &mut self.session {
+            session.handshake.hello_seen = true;
+        }
+        if hello.tentative {
+            self.tentative = true;
+        }
+        self.handshake_try_send();
+    }
+
+    fn incompatible_option(&self, hello: &v1::Hello) -> Option<(&'static str, String, String)> {
+        let net = &self.cfg.net;
+        // discard-local on one node is discard-remote on the other (SEM §15).
+        let swapped = |policy: u32| match policy {
+            5 => 6,
+            6 => 5,
+            other => other,
+        };
+        let pairs = [
+            ("protocol", hello.protocol, protocol_number(net.protocol)),
+            ("after-sb-0pri", swapped(hello.after_sb_0pri), net.after_sb_0pri),
+            ("after-sb-1pri", hello.after_sb_1pri, net.after_sb_1pri),
+            ("after-sb-2pri", hello.after_sb_2pri, net.after_sb_2pri),
+            ("allow-two-primaries", u32::from(hello.allow_two_primaries), u32::from(net.allow_two_primaries)),
+        ];
+        let (option, theirs, ours) = pairs.into_iter().find(|(_, theirs, ours)| theirs != ours)?;
+        let show = |value: u32| match (option, value) {
+            ("protocol", 1) => "A".to_owned(),
+            ("protocol", 2) => "B".to_owned(),
+            ("protocol", 3) => "C".to_owned(),
+            (_, other) => other.to_string(),
+        };
+        Some((option, show(theirs), show(ours)))
+    }
+
+    /// The two nodes do not fit: StandAlone, and never a retry in a loop.
+    fn refuse_peer(&mut self, why: &str, advice: &str) {
+        let name = self.cfg.name.clone();
+        self.note(Severity::Error, format!("{why}; next: {advice}, then drbdadm connect {name}"));
+        self.go_stand_alone(why);
+    }
+
+    /// Sends the facts of every volume as soon as they are all durable.
+    pub(super) fn handshake_try_send(&mut self) {
+        let ready = self.session.as_ref().is_some_and(|session| {
+            session.handshake.hello_seen && session.handshake.sent.is_empty() && !session.handshake.done
+        });
+        if !ready || self.disk_in_transit() || self.role_change_writes() {
+            return;
+        }
+        if (0..self.devices.len()).any(|volume| self.md_busy(volume)) {
+            return;
+        }
+        let last = self.devices.len().saturating_sub(1);
+        let infos: Vec<v1::VolumeInfo> = (0..self.devices.len())
+            .map(|volume| {
+                let mut info = self.volume_info(volume, Phase::Handshake);
+                info.last_of_handshake = u32::from(volume == last);
+                info
+            })
+            .collect();
+        for info in &infos {
+            self.send(Message::VolumeInfo(*info), Payload::None);
+        }
+        if let Some(session) = &mut self.session {
+            session.handshake.sent = infos;
+        }
+        self.handshake_try_finish();
+    }
+
+    fn volume_info(&self, volume: usize, phase: Phase) -> v1::VolumeInfo {
+        let device = &self.devices[volume];
+        let [uuid_current, uuid_bitmap, uuid_history_0, uuid_history_1] = device.uuids.to_array();
+        let has_disk = device.has_metadata();
+        // A disk that negotiates stands for what its metadata says.
+        let disk = if device.disk == DiskState::Negotiating { device.md_disk } else { device.disk };
+        let mut flags = 0;
+        if self.discard_my_data {
+            flags |= uuid_flags::DISCARD_MY_DATA;
+        }
+        if device.crashed_primary {
+            flags |= uuid_flags::CRASHED_PRIMARY;
+        }
+        if disk == DiskState::Inconsistent {
+            flags |= uuid_flags::INCONSISTENT;
+        }
+        v1::VolumeInfo {
+            phase: phase.into(),
+            volume: u32::from(device.nr.0),
+            capacity_sectors: if has_disk { device.capacity.0 } else { 0 },
+            agreed_size_sectors: device.size.0,
+            user_size_sectors: device.cfg.user_size.map_or(0, |size| size.0),
+            uuid_current: if has_disk { uuid_current } else { device.exposed_uuid },
+            uuid_bitmap: if has_disk { uuid_bitmap } else { 0 },
+            uuid_history_0: if has_disk { uuid_history_0 } else { 0 },
+            uuid_history_1: if has_disk { uuid_history_1 } else { 0 },
+            uuid_flags: flags,
+            disk_state: disk.to_wire(),
+            role: self.role.to_wire(),
+            out_of_sync_bits: device.bitmap.count(),
+            discard_supported: device.discard,
+            last_of_handshake: 0,
+        }
+    }
+
+    pub(super) fn send_volume_info(&mut self, volume: usize, phase: Phase) {
+        let info = self.volume_info(volume, phase);
+        if let Some(session) = &mut self.session {
+            session.handshake.sent.retain(|sent| sent.volume != info.volume);
+            session.handshake.sent.push(info);
+        }
+        self.send(Message::VolumeInfo(info), Payload::None);
+    }
+
+    /// Tells the peer about changed identifiers, once they are durable.
+    pub(super) fn send_volume_update(&mut self, volume: usize) {
+        if self.session.as_ref().is_some_and(|session| session.handshake.done) {
+            let info = self.volume_info(volume, Phase::Update);
+            self.send(Message::VolumeInfo(info), Payload::None);
+        }
+    }
+
+    pub(super) fn on_volume_info(&mut self, info: v1::VolumeInfo) {
+        let Some(session) = &mut self.session else { return };
+        let phase = info.phase();
+        if DiskState::from_wire(info.disk_state).is_none() || Role::from_wire(info.role).is_none() {
+            return self.protocol_error("a volume with an unknown state");
+        }
+        if phase == Phase::Handshake {
+            if session.handshake.done || !session.handshake.hello_seen || session.handshake.received_all {
+                return self.protocol_error("the facts of a volume at the wrong time");
+            }
+            if session.handshake.received.iter().any(|other| other.volume == info.volume) {
+                return self.protocol_error("the facts of a volume twice");
+            }
+            session.handshake.received.push(info);
+            session.handshake.received_all = info.last_of_handshake != 0;
+            return self.handshake_try_finish();
+        }
+        if !session.handshake.done {
+            return self.protocol_error("an attach or update before the handshake was done");
+        }
+        session.handshake.received.retain(|other| other.volume != info.volume);
+        session.handshake.received.push(info);
+        let Some(volume) = self.wire_device(info.volume) else { return };
+        match phase {
+            Phase::Handshake => {}
+            Phase::Update => {
+                self.devices[volume].peer_capacity = SectorCount(info.capacity_sectors);
+                if !self.devices[volume].has_metadata() {
+                    self.devices[volume].exposed_uuid = info.uuid_current;
+                }
+            }
+            Phase::Attach => {
+                if self.disk_in_transit() || self.devices[volume].resync.is_some() {
+                    // Between two states here: start over from a handshake, which waits for it.
+                    return self.drop_session(
+                        ConnState::NetworkFailure,
+                        "both nodes change this volume at the same time",
+                    );
+                }
+                self.send_volume_info(volume, Phase::AttachReply);
+                self.decide_volume(volume);
+            }
+            Phase::AttachReply => {
+                if !std::mem::replace(&mut self.devices[volume].negotiating, false) {
+                    return self.protocol_error("an answer to an attach that nobody asked");
+                }
+                self.decide_volume(volume);
+            }
+        }
+    }
+
+    /// Whether the peer's facts of this volume are known.
+    pub(super) fn peer_info_known(&self, volume: usize) -> bool {
+        let nr = u32::from(self.devices[volume].nr.0);
+        self.session
+            .as_ref()
+            .is_some_and(|session| session.handshake.received.iter().any(|info| info.volume == nr))
+    }
+
+    fn handshake_try_finish(&mut self) {
+        let Some(session) = &mut self.session else { return };
+        if session.handshake.done || session.handshake.sent.is_empty() || !session.handshake.received_all {
+            return;
+        }
+        let peer_role = session
+            .handshake
+            .received
+            .iter()
+            .find_map(|info| Role::from_wire(info.role))
+            .unwrap_or(Role::Secondary);
+        // All or nothing: one volume that cannot go on keeps the whole connection down.
+        let mut refused = Vec::new();
+        for volume in 0..self.devices.len() {
+            if let Some((me, peer)) = self.sides(volume) {
+                let (comparison, outcome) = decide(&me, &peer);
+                let nr = self.devices[volume].nr;
+                let text = format!(
+                    "volume {}: uuid_compare()={} by rule {} ({:?}): {outcome:?}",
+                    nr.0,
+                    comparison.verdict.number(),
+                    comparison.rule as u8,
+                    comparison.rule
+                );
+                self.event(Event::Handshake(text));
+                if let Outcome::Refuse(obstacle) = outcome {
+                    refused.push((nr, obstacle));
+                }
+                if let Err(why) = self.agree_on_size(volume, false) {
+                    return self.refuse_peer(&why, "give both nodes backing devices of the same size");
+                }
+            }
+        }
+        if self.tentative {
+            self.tentative = false;
+            return self.refuse_peer("dry-run connect: nothing was changed", "connect without --tentative");
+        }
+        if let Some((nr, obstacle)) = refused.first() {
+            let (why, advice) = obstacle_text(*obstacle, &self.cfg.name);
+            return self.refuse_peer(&format!("volume {}: {why}", nr.0), &advice);
+        }
+        if self.role == Role::Primary && peer_role == Role::Primary && !self.cfg.net.allow_two_primaries {
+            return self.refuse_peer(
+                "both nodes are Primary and allow-two-primaries is no",
+                "make one of them Secondary",
+            );
+        }
+        if let Some(session) = &mut self.session {
+            session.handshake.done = true;
+        }
+        self.discard_my_data = false;
+        self.set_conn(ConnState::Connected);
+        self.set_peer_role(peer_role);
+        self.start_liveness();
+        for volume in 0..self.devices.len() {
+            if self.peer_info_known(volume) {
+                self.decide_volume(volume);
+            } else {
+                let nr = self.devices[volume].nr;
+                self.note(
+                    Severity::Warning,
+                    format!("volume {}: the peer does not have it; it is not mirrored", nr.0),
+                );
+            }
+        }
+        self.send_state();
+        self.run_parked();
+    }
+
+    /// Both sides as the decision sees them, from what was sent and received.
+    fn sides(&self, volume: usize) -> Option<(Side, Side)> {
+        let nr = u32::from(self.devices[volume].nr.0);
+        let session = self.session.as_ref()?;
+        let sent = session.handshake.sent.iter().find(|info| info.volume == nr)?;
+        let received = session.handshake.received.iter().find(|info| info.volume == nr)?;
+        let tie = self.cfg.node_id < self.cfg.peer_node_id;
+        Some((side(sent, tie), side(received, !tie)))
+    }
+
+    /// Acts on the decision for one volume of a session whose handshake is done.
+    fn decide_volume(&mut self, volume: usize) {
+        let Some((me, peer)) = self.sides(volume) else { return };
+        if let Err(why) = self.agree_on_size(volume, true) {
+            return self.refuse_peer(&why, "give both nodes backing devices of the same size");
+        }
+        let (comparison, outcome) = decide(&me, &peer);
+        if comparison.rule == Rule::Diskless {
+            self.set_peer_disk_fact(volume, peer.disk);
+            self.set_repl(volume, ReplState::Established);
+            self.settle_negotiating(volume);
+            if !self.devices[volume].has_metadata() {
+                self.devices[volume].exposed_uuid = peer.uuids.current;
+            }
+            self.peer_disk_consequences(volume);
+            return;
+        }
+        match comparison.fix {
+            Fix::None => {}
+            Fix::Finish => {
+                self.devices[volume].uuids.clear_bitmap();
+                self.md_touch(volume);
+            }
+            Fix::UndoStart => {
+                let uuids = &mut self.devices[volume].uuids;
+                uuids.bitmap = uuids.history[0];
+                uuids.history = [uuids.history[1], 0];
+                self.md_touch(volume);
+            }
+        }
+        match outcome {
+            Outcome::NoSync => {
+                self.set_repl(volume, ReplState::Established);
+                self.settle_negotiating(volume);
+                self.adopt_equal(volume, &peer);
+            }
+            Outcome::Source { full } => self.begin_resync(volume, true, full, peer.disk),
+            Outcome::Target { full } => self.begin_resync(volume, false, full, peer.disk),
+            Outcome::Refuse(obstacle) => {
+                let (why, advice) = obstacle_text(obstacle, &self.cfg.name);
+                let nr = self.devices[volume].nr;
+                self.refuse_peer(&format!("volume {}: {why}", nr.0), &advice);
+            }
+        }
+    }
+
+    /// Equal data on both nodes: Consistent and Outdated become UpToDate (SEM §4).
+    fn adopt_equal(&mut self, volume: usize, peer: &Side) {
+        let good = |disk: DiskState| {
+            matches!(disk, DiskState::Outdated | DiskState::Consistent | DiskState::UpToDate)
+        };
+        let own = self.devices[volume].disk;
+        if good(own) && good(peer.disk) {
+            self.set_peer_disk_fact(volume, DiskState::UpToDate);
+            if self.devices[volume].crashed_primary {
+                self.devices[volume].crashed_primary = false;
+                self.md_touch(volume);
+            }
+            if own != DiskState::UpToDate {
+                self.set_disk(volume, DiskState::UpToDate);
+            }
+        } else {
+            self.set_peer_disk_fact(volume, peer.disk);
+        }
+    }
+
+    /// A disk that waited for the handshake stands on its own from now on.
+    fn settle_negotiating(&mut self, volume: usize) {
+        let device = &self.devices[volume];
+        if device.disk == DiskState::Negotiating {
+            let state =
+                if device.md_disk == DiskState::Consistent { DiskState::UpToDate } else { device.md_disk };
+            self.set_disk(volume, state);
+            self.update_export(volume);
+        }
+    }
+
+    /// The size both disks can hold (SEM §26). A disk with usable data is never shrunk by meeting a smaller one.
+    fn agree_on_size(&mut self, volume: usize, adopt: bool) -> Result<(), String> {
+        let nr = u32::from(self.devices[volume].nr.0);
+        let Some(session) = &self.session else { return Ok(()) };
+        let find = |infos: &[v1::VolumeInfo]| infos.iter().find(|info| info.volume == nr).copied();
+        let (Some(sent), Some(received)) = (find(&session.handshake.sent), find(&session.handshake.received))
+        else {
+            return Ok(());
+        };
+        let never_used = |info: &v1::VolumeInfo| info.uuid_current & !1 == crate::meta::UUID_JUST_CREATED;
+        let size = match (sent.capacity_sectors, received.capacity_sectors) {
+            (0, 0) => sent.agreed_size_sectors.max(received.agreed_size_sectors),
+            (0, _) => received.agreed_size_sectors,
+            (_, 0) => sent.agreed_size_sectors,
+            (own, other) => {
+                let most = own.min(other);
+                // What either side already exports stays; fresh disks take what both hold.
+                let limit = |info: &v1::VolumeInfo| {
+                    if info.user_size_sectors == 0 { u64::MAX } else { info.user_size_sectors }
+                };
+                let wanted = most.min(limit(&sent)).min(limit(&received));
+                for info in [&sent, &received] {
+                    if !never_used(info) && info.agreed_size_sectors > most {
+                        return Err(format!(
+                            "volume {nr}: the peer's disk size is too small! ({most} sectors on the smaller disk, {} in use)",
+                            info.agreed_size_sectors
+                        ));
+                    }
+                }
+                let in_use =
+                    |info: &v1::VolumeInfo| if never_used(info) { 0 } else { info.agreed_size_sectors };
+                match in_use(&sent).max(in_use(&received)) {
+                    0 => wanted,
+                    used => used,
+                }
+            }
+        };
+        if adopt {
+            let device = &mut self.devices[volume];
+            device.peer_capacity = SectorCount(received.capacity_sectors);
+            let mut changed = false;
+            if device.size.0 != size && size != 0 {
+                device.size = SectorCount(size);
+                changed = true;
+                if device.has_metadata() {
+                    device.bitmap.resize(Device::nr_bits(device.size), true);
+                    if let Some(al) = device.al.as_mut() {
+                        al.resize(size.div_ceil(SECTORS_PER_AL_EXTENT));
+                    }
+                }
+            }
+            if changed {
+                self.md_touch(volume);
+                self.update_export(volume);
+            }
+        }
+        Ok(())
+    }
+
+    // ---- states of the peer -------------------------------------------------------------------
+
+    /// Own role and disk states to the peer.
+    pub(super) fn send_state(&mut self) {
+        if !self.session.as_ref().is_some_and(|session| session.handshake.done) {
+            return;
+        }
+        let volumes = self
+            .devices
+            .iter()
+            .map(|device| v1::VolumeState {
+                volume: u32::from(device.nr.0),
+                disk_state: device.disk.to_wire(),
+            })
+            .collect();
+        let state = v1::State { role: self.role.to_wire(), volumes };
+        self.send(Message::State(state), Payload::None);
+    }
+
+    pub(super) fn on_peer_state(&mut self, state: &v1::State) {
+        let Some(role) = Role::from_wire(state.role) else { return self.protocol_error("an unknown role") };
+        self.set_peer_role(role);
+        for entry in &state.volumes {
+            let Some(volume) = self.wire_device(entry.volume) else { continue };
+            let Some(disk) = DiskState::from_wire(entry.disk_state) else {
+                return self.protocol_error("an unknown disk state");
+            };
+            // During a resync the end is told by ResyncFinished, not by a state alone.
+            let resyncing = self.devices[volume].resync.is_some();
+            if resyncing && disk > DiskState::Inconsistent {
+                continue;
+            }
+            self.set_peer_disk_fact(volume, disk);
+            self.peer_disk_consequences(volume);
+        }
+    }
+
+    /// What follows from the peer's disk being gone, or there, on this node.
+    pub(super) fn peer_disk_consequences(&mut self, volume: usize) {
+        let device = &self.devices[volume];
+        let gone = device.peer_disk < DiskState::Inconsistent
+            && device.peer_disk != DiskState::Negotiating
+            && device.peer_disk != DiskState::Attaching;
+        if gone {
+            self.mark_unacked(volume);
+            self.abort_resync(volume);
+            if self.devices[volume].repl > ReplState::Established {
+                self.set_repl(volume, ReplState::Established);
+            }
+            // This copy goes on alone: as Primary, or for a Primary without a disk (SEM §12).
+            let primary = self.md_primary;
+            let for_peer = self.peer_role == Role::Primary;
+            let device = &self.devices[volume];
+            if (primary || for_peer) && device.disk == DiskState::UpToDate && device.uuids.bitmap == 0 {
+                self.bump_uuid(volume, true);
+            }
+        }
+        self.try_complete_flushes();
+    }
+}
+
+fn side(info: &v1::VolumeInfo, tie: bool) -> Side {
+    Side {
+        uuids: UuidSet {
+            current: info.uuid_current,
+            bitmap: info.uuid_bitmap,
+            history: [info.uuid_history_0, info.uuid_history_1],
+        },
+        crashed_primary: info.uuid_flags & uuid_flags::CRASHED_PRIMARY != 0,
+        role: Role::from_wire(info.role).unwrap_or(Role::Secondary),
+        disk: DiskState::from_wire(info.disk_state).unwrap_or(DiskState::Diskless),
+        out_of_sync_bits: info.out_of_sync_bits,
+        discard_my_data: info.uuid_flags & uuid_flags::DISCARD_MY_DATA != 0,
+        tie,
+    }
+}
+
+const fn protocol_number(protocol: config::Protocol) -> u32 {
+    match protocol {
+        config::Protocol::A => 1,
+        config::Protocol::B => 2,
+        config::Protocol::C => 3,
+    }
+}
+
+fn obstacle_text(obstacle: Obstacle, name: &str) -> (String, String) {
+    match obstacle {
+        Obstacle::Unrelated => (
+            "Unrelated data, aborting!".into(),
+            format!("if one side's data may go, run create-md on it, or drbdadm invalidate {name} there"),
+        ),
+        Obstacle::SplitBrain => (
+            "Split-Brain detected but unresolved, dropping connection! Both nodes changed data while they were apart".into(),
+            format!("decide whose changes go; there: drbdadm secondary {name} and drbdadm connect --discard-my-data {name}"),
+        ),
+        Obstacle::SourceNotUsable => {
+            ("I shall become SyncSource, but my disk is not usable".into(), format!("drbdadm status {name} on both nodes"))
+        }
+        Obstacle::TargetIsPrimary => (
+            "I shall become SyncTarget, but I am primary!".into(),
+            format!("drbdadm secondary {name} on the node with the older data"),
+        ),
+    }
+}

@@ -1,0 +1,404 @@
+//! Writes, barriers and reads received from the peer (SEM §7, §8).
+//!
+//! Epochs on the receiving side: writes of one epoch may reach the disk in any order; at its barrier
+//! no later write starts until all of them are done and, with the method "flush", stable. Only then
+//! goes the barrier ack. So no write is ever stable here without all the writes its sender had seen
+//! completed before issuing it (I6).
+use super::config::WriteOrdering;
+use super::device::AlUser;
+use super::event::{BufferId, DiskOk, DiskOp, IoError, Output, Payload, SessionId};
+use super::interval::LockOwner;
+use super::request::range_of;
+use super::state::{DiskState, ReplState};
+use super::{IoContext, Resource};
+use crate::units::BlockRange;
+use lockstep_proto::{Message, limits, v1};
+use std::collections::VecDeque;
+
+/// A write of the peer.
+#[derive(Debug)]
+pub(super) struct PeerRequest {
+    session: SessionId,
+    volume: usize,
+    op: DiskOp,
+    pub(super) range: BlockRange,
+    buffer: Option<BufferId>,
+    fua: bool,
+    wire_request: u64,
+    want_write_ack: bool,
+    pub(super) al: bool,
+}
+
+impl PeerRequest {
+    /// Which volume it writes.
+    pub(super) const fn volume(&self) -> usize {
+        self.volume
+    }
+}
+
+#[derive(Debug)]
+enum Queued {
+    Write(usize),
+    Barrier(u32),
+}
+
+/// The receiving side of the peer's epochs.
+#[derive(Debug, Default)]
+pub(super) struct ReceiveEpochs {
+    /// Writes of the current epoch, and how many of them are not done.
+    writes: u32,
+    active: u32,
+    /// Its barrier has come.
+    barrier: Option<u32>,
+    /// Flushes of that barrier on the way.
+    flushing: u32,
+    /// What came behind the barrier, or while a hold is on.
+    queue: VecDeque<Queued>,
+    /// No write may start: the disk is not yet durably Inconsistent (I5).
+    pub(super) hold: bool,
+}
+
+impl Resource {
+    pub(super) fn on_data(&mut self, header: &v1::Data, payload: Payload) {
+        let Payload::Buffer { id, len } = payload else {
+            return self.protocol_error("a write without data");
+        };
+        let write = IncomingWrite {
+            volume: header.volume,
+            range: range_of(header.sector, len.0),
+            op: DiskOp::Write,
+            buffer: Some(id),
+            fua: header.fua,
+            request: header.request,
+            want_recv_ack: header.want_recv_ack,
+            want_write_ack: header.want_write_ack,
+            most: limits::MAX_REQUEST_SECTORS,
+        };
+        if let Err(why) = self.accept_write(&write) {
+            self.out.push_back(Output::Release(id));
+            self.protocol_error(why);
+        }
+    }
+
+    pub(super) fn on_trim(&mut self, header: &v1::Trim, zeroes: bool) {
+        let op = if zeroes { DiskOp::WriteZeroes { may_unmap: header.may_unmap } } else { DiskOp::Discard };
+        let write = IncomingWrite {
+            volume: header.volume,
+            range: range_of(header.sector, header.nr_sectors),
+            op,
+            buffer: None,
+            fua: header.fua,
+            request: header.request,
+            want_recv_ack: header.want_recv_ack,
+            want_write_ack: header.want_write_ack,
+            most: limits::MAX_TRIM_SECTORS,
+        };
+        if let Err(why) = self.accept_write(&write) {
+            self.protocol_error(why);
+        }
+    }
+
+    fn accept_write(&mut self, write: &IncomingWrite) -> Result<(), &'static str> {
+        let volume = self.wire_device(write.volume).ok_or("a write to a volume this node does not have")?;
+        let range = write.range.ok_or("a write to an impossible range")?;
+        if !range.within(self.devices[volume].size) || range.len().0 > write.most {
+            return Err("a write outside the volume");
+        }
+        let Some(session) = self.session.as_ref().map(|session| session.id) else {
+            return Err("a write without a session");
+        };
+        if write.buffer.is_some() {
+            self.devices[volume].counters.received_sectors += range.len().0;
+        }
+        let key = self.peer_requests.insert(PeerRequest {
+            session,
+            volume,
+            op: write.op,
+            range,
+            buffer: write.buffer,
+            fua: write.fua,
+            wire_request: write.request,
+            want_write_ack: write.want_write_ack,
+            al: false,
+        });
+        if write.want_recv_ack {
+            let ack = self.block_ack(key, false);
+            self.send(Message::RecvAck(ack), Payload::None);
+        }
+        if self.rx.hold || self.rx.barrier.is_some() || !self.rx.queue.is_empty() {
+            self.rx.queue.push_back(Queued::Write(key));
+        } else {
+            self.start_peer_write(key);
+        }
+        Ok(())
+    }
+
+    fn start_peer_write(&mut self, key: usize) {
+        self.rx.writes += 1;
+        self.rx.active += 1;
+        let (volume, range) = (self.peer_requests[key].volume, self.peer_requests[key].range);
+        if self.devices[volume].locks.lock(range, LockOwner::Peer(key)) {
+            self.peer_write_locked(volume, key);
+        }
+    }
+
+    pub(super) fn peer_write_locked(&mut self, volume: usize, key: usize) {
+        let device = &mut self.devices[volume];
+        let range = self.peer_requests[key].range;
+        // The Primary has no disk: this copy is the only one, so this node keeps the books (SEM §9).
+        if device.peer_disk < DiskState::Inconsistent && device.writable() {
+            device.mark(range);
+            if self.al_in_use(volume) && !self.al_begin(volume, AlUser::Peer(key), range.al_extents()) {
+                return;
+            }
+            self.peer_requests[key].al = self.al_in_use(volume);
+        }
+        self.submit_peer_write(volume, key);
+    }
+
+    pub(super) fn submit_peer_write(&mut self, volume: usize, key: usize) {
+        if !self.devices[volume].writable() {
+            self.devices[volume].ios += 1;
+            self.on_peer_write_done(key, Err(IoError::Aborted));
+            return;
+        }
+        let request = &self.peer_requests[key];
+        let (op, range, fua, buffer) = (request.op, request.range, request.fua, request.buffer);
+        self.submit_io(volume, op, Some(range), fua, buffer, IoContext::Peer(key));
+    }
+
+    pub(super) fn on_peer_write_done(&mut self, key: usize, result: Result<DiskOk, IoError>) {
+        let volume = self.peer_requests[key].volume;
+        let range = self.peer_requests[key].range;
+        let current =
+            self.session.as_ref().is_some_and(|session| session.id == self.peer_requests[key].session);
+        let device = &mut self.devices[volume];
+        device.ios -= 1;
+        device.writes_done += 1;
+        match result {
+            Ok(_) => {
+                device.counters.written_sectors += range.len().0;
+                let syncing = device.repl == ReplState::SyncTarget;
+                let mut ack = self.block_ack(key, false);
+                if current && syncing {
+                    self.devices[volume].unmark(range);
+                    ack.set_in_sync = true;
+                }
+                if current && (self.peer_requests[key].want_write_ack) {
+                    self.send(Message::WriteAck(ack), Payload::None);
+                }
+            }
+            Err(error) => {
+                if error != IoError::Aborted {
+                    self.on_local_io_error(volume, "a mirrored write to the local disk", Some(range), error);
+                }
+                if current {
+                    let ack = self.block_ack(key, false);
+                    self.send(Message::NegAck(ack), Payload::None);
+                }
+            }
+        }
+        let request = self.peer_requests.remove(key);
+        if let Some(buffer) = request.buffer {
+            self.out.push_back(Output::Release(buffer));
+        }
+        if request.al {
+            self.al_end(volume, range.al_extents());
+        }
+        self.unlock(volume, range, LockOwner::Peer(key));
+        if current {
+            self.rx.active -= 1;
+            self.try_end_epoch();
+        }
+        if self.devices[volume].repl == ReplState::SyncTarget {
+            self.resync_target_go_on(volume);
+        }
+    }
+
+    fn block_ack(&self, key: usize, set_in_sync: bool) -> v1::BlockAck {
+        let request = &self.peer_requests[key];
+        v1::BlockAck {
+            volume: u32::from(self.devices[request.volume].nr.0),
+            sector: request.range.start().0,
+            nr_sectors: request.range.len().0,
+            request: request.wire_request,
+            set_in_sync,
+        }
+    }
+
+    // ---- epochs -------------------------------------------------------------------------------
+
+    pub(super) fn on_barrier(&mut self, epoch: u32) {
+        if self.rx.hold || self.rx.barrier.is_some() || !self.rx.queue.is_empty() {
+            self.rx.queue.push_back(Queued::Barrier(epoch));
+        } else {
+            self.rx.barrier = Some(epoch);
+            self.try_end_epoch();
+        }
+    }
+
+    fn try_end_epoch(&mut self) {
+        let Some(session) = self.session.as_ref().map(|session| session.id) else { return };
+        if self.rx.barrier.is_none() || self.rx.active != 0 || self.rx.flushing != 0 {
+            return;
+        }
+        for volume in 0..self.devices.len() {
+            let device = &self.devices[volume];
+            let dirty = device.writes_flushed < device.writes_done;
+            if device.writable() && dirty && device.cfg.write_ordering == WriteOrdering::Flush {
+                let writes = device.writes_done;
+                self.rx.flushing += 1;
+                self.submit_io(
+                    volume,
+                    DiskOp::Flush,
+                    None,
+                    false,
+                    None,
+                    IoContext::EpochFlush { volume, writes, session },
+                );
+            }
+        }
+        if self.rx.flushing == 0 {
+            self.end_epoch();
+        }
+    }
+
+    pub(super) fn on_epoch_flushed(&mut self, volume: usize, writes: u64, session: SessionId, ok: bool) {
+        let device = &mut self.devices[volume];
+        device.ios -= 1;
+        if ok {
+            device.writes_flushed = device.writes_flushed.max(writes);
+        } else {
+            // The peer hears of the lost disk before the ack and marks everything it had not proven.
+            self.fail_disk(volume, "a flush of the local disk failed", None);
+        }
+        // After a lost connection nobody waits for it; it must not count for the next one.
+        if self.session.as_ref().is_some_and(|now| now.id == session) && self.rx.flushing > 0 {
+            self.rx.flushing -= 1;
+            if self.rx.flushing == 0 && self.rx.barrier.is_some() {
+                self.end_epoch();
+            }
+        }
+    }
+
+    fn end_epoch(&mut self) {
+        if let Some(epoch) = self.rx.barrier.take() {
+            let writes = std::mem::take(&mut self.rx.writes);
+            self.send(Message::BarrierAck(v1::BarrierAck { epoch, writes }), Payload::None);
+        }
+        self.drain_receive_queue();
+    }
+
+    /// Starts what waited behind a barrier or a hold, up to the next barrier.
+    pub(super) fn drain_receive_queue(&mut self) {
+        while !self.rx.hold && self.rx.barrier.is_none() {
+            match self.rx.queue.pop_front() {
+                Some(Queued::Write(key)) => self.start_peer_write(key),
+                Some(Queued::Barrier(epoch)) => {
+                    self.rx.barrier = Some(epoch);
+                    self.try_end_epoch();
+                }
+                None => return,
+            }
+        }
+    }
+
+    /// The connection is gone: what was not started is dropped (its sender marked it), what was
+    /// started finishes without an answer.
+    pub(super) fn abort_receive(&mut self) {
+        let queue = std::mem::take(&mut self.rx).queue;
+        for item in queue {
+            if let Queued::Write(key) = item {
+                let request = self.peer_requests.remove(key);
+                if let Some(buffer) = request.buffer {
+                    self.out.push_back(Output::Release(buffer));
+                }
+            }
+        }
+    }
+
+    // ---- reads --------------------------------------------------------------------------------
+
+    pub(super) fn on_data_request(&mut self, header: &v1::BlockRequest) {
+        let place = self.wire_device(header.volume).zip(range_of(header.sector, header.nr_sectors));
+        let Some((volume, range)) = place.filter(|(volume, range)| {
+            range.within(self.devices[*volume].size) && range.len().0 <= limits::MAX_REQUEST_SECTORS
+        }) else {
+            return self.protocol_error("a read outside the volume");
+        };
+        let Some(session) = self.session.as_ref().map(|session| session.id) else { return };
+        if self.devices[volume].disk == DiskState::UpToDate {
+            let context = IoContext::RemoteRead { volume, session, request: header.request };
+            self.submit_io(volume, DiskOp::Read, Some(range), false, None, context);
+            self.remote_reads.push((header.request, range));
+        } else {
+            let ack = self.read_ack(volume, range, header.request);
+            self.send(Message::NegDReply(ack), Payload::None);
+        }
+    }
+
+    pub(super) fn on_remote_read_done(
+        &mut self,
+        volume: usize,
+        session: SessionId,
+        request: u64,
+        result: Result<DiskOk, IoError>,
+    ) {
+        self.devices[volume].ios -= 1;
+        let at = self.remote_reads.iter().position(|(id, _)| *id == request);
+        let range = at.map(|at| self.remote_reads.swap_remove(at).1);
+        let current = self.session.as_ref().is_some_and(|now| now.id == session);
+        let (Some(range), true) = (range, current) else {
+            if let Ok(DiskOk { buffer: Some(buffer), .. }) = result {
+                self.out.push_back(Output::Release(buffer));
+            }
+            return;
+        };
+        match result {
+            Ok(DiskOk { buffer: Some(id), .. }) => {
+                let reply = v1::BlockReply {
+                    volume: u32::from(self.devices[volume].nr.0),
+                    sector: range.start().0,
+                    nr_sectors: range.len().0,
+                    request,
+                };
+                self.devices[volume].counters.read_sectors += range.len().0;
+                self.devices[volume].counters.sent_sectors += range.len().0;
+                self.send(Message::DataReply(reply), Payload::Buffer { id, len: range.len() });
+                self.out.push_back(Output::Release(id));
+            }
+            Ok(DiskOk { buffer: None, .. }) => {
+                let ack = self.read_ack(volume, range, request);
+                self.send(Message::NegDReply(ack), Payload::None);
+            }
+            Err(error) => {
+                self.on_local_io_error(volume, "a read for the peer", Some(range), error);
+                let ack = self.read_ack(volume, range, request);
+                self.send(Message::NegDReply(ack), Payload::None);
+            }
+        }
+    }
+
+    pub(super) fn read_ack(&self, volume: usize, range: BlockRange, request: u64) -> v1::BlockAck {
+        v1::BlockAck {
+            volume: u32::from(self.devices[volume].nr.0),
+            sector: range.start().0,
+            nr_sectors: range.len().0,
+            request,
+            set_in_sync: false,
+        }
+    }
+}
+
+/// What `Data`, `Discard` and `WriteZeroes` have in common.
+struct IncomingWrite {
+    volume: u32,
+    range: Option<BlockRange>,
+    op: DiskOp,
+    buffer: Option<BufferId>,
+    fua: bool,
+    request: u64,
+    want_recv_ack: bool,
+    want_write_ack: bool,
+    most: u64,
+}

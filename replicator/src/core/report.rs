@@ -1,0 +1,154 @@
+//! The status snapshot: everything `status` shows, and in words what open waits are for (promise 3).
+use super::Resource;
+use super::attach::DiskProcedure;
+use super::config::WriteOrdering;
+use super::state::{ConnState, ReplState, Role};
+use super::status::{ConnectionStatus, PeerVolumeStatus, ResourceStatus, ResyncStatus, VolumeStatus};
+use crate::units::Time;
+
+impl Resource {
+    /// A snapshot for `status`, at time `now`.
+    #[must_use]
+    pub fn status(&self, now: Time) -> ResourceStatus {
+        let ordering = self.cfg.volumes.iter().map(|volume| volume.write_ordering).max();
+        ResourceStatus {
+            name: self.cfg.name.clone(),
+            node_id: self.cfg.node_id,
+            role: self.role,
+            suspended: Vec::new(),
+            write_ordering: match ordering {
+                Some(WriteOrdering::Flush) => "flush",
+                Some(WriteOrdering::Drain) => "drain",
+                Some(WriteOrdering::None) | None => "none",
+            }
+            .to_owned(),
+            volumes: (0..self.devices.len()).map(|at| self.volume_status(at)).collect(),
+            connection: ConnectionStatus {
+                peer_name: self.cfg.peer_name.clone(),
+                peer_node_id: self.cfg.peer_node_id,
+                connection: self.conn,
+                peer_role: if self.conn == ConnState::Connected { self.peer_role } else { Role::Unknown },
+                ap_in_flight_sectors: self.tl.requests().map(|key| self.requests[key].range.len().0).sum(),
+                rs_in_flight_sectors: self
+                    .devices
+                    .iter()
+                    .filter_map(|d| Some(d.resync.as_ref()?.in_flight_sectors))
+                    .sum(),
+                peer_volumes: (0..self.devices.len()).map(|at| self.peer_volume_status(at, now)).collect(),
+            },
+            waiting_for: self.waits(),
+        }
+    }
+
+    fn volume_status(&self, at: usize) -> VolumeStatus {
+        let device = &self.devices[at];
+        VolumeStatus {
+            volume: device.nr,
+            disk: device.disk,
+            size_kib: device.size.0 / 2,
+            open_count: device.open_count,
+            read_kib: device.counters.read_sectors / 2,
+            written_kib: device.counters.written_sectors / 2,
+            al_writes: device.counters.al_writes,
+            bm_writes: device.counters.bm_writes,
+            upper_pending: self.requests.iter().filter(|(_, request)| request.volume == at).count() as u64,
+            lower_pending: u64::from(device.ios),
+            uuids: device.uuids.to_array(),
+            flags: self.superblock_flags(at),
+        }
+    }
+
+    fn peer_volume_status(&self, at: usize, now: Time) -> PeerVolumeStatus {
+        let device = &self.devices[at];
+        let running = matches!(device.repl, ReplState::SyncSource | ReplState::SyncTarget);
+        let resync = device.resync.as_ref().filter(|_| running).map(|resync| {
+            let bits_left = device.bitmap.count();
+            let elapsed_ms = now.ms_since(resync.started);
+            let done_kib = resync.bits_total.saturating_sub(bits_left) * 4;
+            let rate_kib_s = (done_kib * 1000).checked_div(elapsed_ms).unwrap_or(0);
+            ResyncStatus {
+                bits_total: resync.bits_total,
+                bits_left,
+                bits_failed: resync.bits_failed,
+                elapsed_ms,
+                rate_kib_s,
+                eta_s: (bits_left * 4).checked_div(rate_kib_s),
+            }
+        });
+        PeerVolumeStatus {
+            volume: device.nr,
+            replication: device.repl,
+            peer_disk: device.peer_disk,
+            received_kib: device.counters.received_sectors / 2,
+            sent_kib: device.counters.sent_sectors / 2,
+            out_of_sync_kib: device.bitmap.count() * 4,
+            pending: self
+                .requests
+                .iter()
+                .filter(|(_, request)| request.volume == at && request.waits_for_peer())
+                .count() as u64,
+            unacked: self.peer_requests.iter().filter(|(_, request)| request.volume() == at).count() as u64,
+            resync,
+        }
+    }
+
+    /// What keeps something from going on, in words an operator can act on.
+    fn waits(&self) -> Vec<String> {
+        let mut waits = Vec::new();
+        let peer = &self.cfg.peer_name;
+        if self.conn == ConnState::Connecting {
+            waits.push(if self.session.is_some() {
+                format!("the handshake with {peer}")
+            } else {
+                format!("a connection to {peer}")
+            });
+        }
+        let for_peer = self.requests.iter().filter(|(_, request)| request.waits_for_peer()).count();
+        if for_peer > 0 {
+            waits.push(format!("{for_peer} write(s) to be acknowledged by {peer}"));
+        }
+        if self.demoting() && !self.requests_drained() {
+            waits.push(format!(
+                "{} request(s) in flight and the barrier acks of {peer} before this node can become Secondary",
+                self.requests.len() + self.flushes.len()
+            ));
+        }
+        for device in &self.devices {
+            let nr = device.nr.0;
+            match &device.procedure {
+                Some(DiskProcedure::Attach { step, .. }) => {
+                    waits.push(format!("volume {nr}: attach, writing {step:?}"))
+                }
+                Some(DiskProcedure::Detach { step, .. }) => {
+                    waits.push(format!("volume {nr}: detach, step {step:?}, {} IO in flight", device.ios));
+                }
+                Some(DiskProcedure::Failing { .. }) => {
+                    waits.push(format!("volume {nr}: {} IO in flight on the failed disk", device.ios));
+                }
+                None => {}
+            }
+            if device.uuid_gate.is_some() {
+                waits.push(format!("volume {nr}: the new generation identifier to be durable"));
+            }
+            if !device.al_waiters.is_empty() {
+                waits.push(format!(
+                    "volume {nr}: {} write(s) for a place in the activity log",
+                    device.al_waiters.len()
+                ));
+            }
+            if device.locks.nr_waiting() > 0 {
+                waits.push(format!(
+                    "volume {nr}: {} request(s) for an overlapping one",
+                    device.locks.nr_waiting()
+                ));
+            }
+            if matches!(device.repl, ReplState::WFBitMapS | ReplState::WFBitMapT | ReplState::WFSyncUUID) {
+                waits.push(format!("volume {nr}: the bitmap exchange with {peer}"));
+            }
+        }
+        if !self.parked.is_empty() {
+            waits.push(format!("{} verb(s) for the end of the handshake with {peer}", self.parked.len()));
+        }
+        waits
+    }
+}

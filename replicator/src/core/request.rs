@@ -1,0 +1,696 @@
+//! Application requests on this node: legs, epochs, the completion rule (SEM §7-§9).
+//!
+//! A write: range lock → activity log → transfer log and peer, local disk → completion. It completes
+//! when every leg has finished and one succeeded, and no gate is closed. After that a mirrored write
+//! stays, holding its activity-log extent, until the barrier ack of its epoch.
+//!
+//! | protocol | the peer's leg is done when |
+//! |---|---|
+//! | A | the frame was handed to the send queue (but if the local leg failed: at the barrier ack) |
+//! | B | `RecvAck` |
+//! | C | `WriteAck` |
+//!
+//! A flush, and FUA, under protocol C completes only when both copies are stable.
+use super::config::Protocol;
+use super::device::{AlUser, MirrorMode};
+use super::event::{
+    self, BufferId, DiskOk, DiskOp, IoError, Output, Payload, RequestError, RequestId, RequestOp,
+};
+use super::interval::LockOwner;
+use super::state::{DiskState, ReplState, Role};
+use super::timer::Timer;
+use super::transfer_log::EpochNr;
+use super::{IoContext, Resource};
+use crate::units::{BlockRange, SectorCount, VolumeNr};
+use lockstep_proto::{Message, limits, v1};
+
+/// An epoch that is complete waits this long for a reason to send its barrier.
+const IDLE_BARRIER_MS: u64 = 5;
+
+/// One copy's part of a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Leg {
+    /// This copy takes no part.
+    None,
+    /// Waiting for its answer.
+    Pending,
+    /// Protocol A: in the send queue; counts as done but proves nothing.
+    Sent,
+    /// Done.
+    Ok,
+    /// Failed.
+    Failed,
+}
+
+/// What the peer said about a write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Answer {
+    /// In its memory.
+    Received,
+    /// On its disk.
+    Written,
+    /// It failed there.
+    Failed,
+}
+
+/// A request of the local application.
+#[derive(Debug)]
+pub(super) struct Request {
+    seq: u32,
+    id: RequestId,
+    pub(super) volume: usize,
+    op: RequestOp,
+    pub(super) range: BlockRange,
+    fua: bool,
+    buffer: Option<BufferId>,
+    local: Leg,
+    peer: Leg,
+    epoch: Option<EpochNr>,
+    /// In the transfer log: no barrier ack yet.
+    in_log: bool,
+    /// Holds references in the activity log.
+    pub(super) al: bool,
+    /// Handed to disk and peer.
+    submitted: bool,
+    completed: bool,
+    /// The peer cleared its bits for this version of the blocks.
+    in_sync_at_peer: bool,
+    /// A read that was already retried at the other copy.
+    retried: bool,
+}
+
+impl Request {
+    /// Something of it is at the peer and unanswered.
+    pub(super) fn waits_for_peer(&self) -> bool {
+        self.peer == Leg::Pending
+    }
+}
+
+/// A flush of the local application.
+#[derive(Debug)]
+pub(super) struct Flush {
+    id: RequestId,
+    volume: usize,
+    local: Leg,
+    /// Everything up to here must be acked by barrier.
+    peer_through: Option<EpochNr>,
+}
+
+impl Resource {
+    pub(super) fn on_request(&mut self, request: event::Request) {
+        let volume = match self.admit(&request) {
+            Ok(volume) => volume,
+            Err(error) => {
+                self.out.push_back(Output::Complete { id: request.id, result: Err(error), data: None });
+                return;
+            }
+        };
+        self.next_seq = self.next_seq.wrapping_add(1);
+        let key = self.requests.insert(Request {
+            seq: self.next_seq,
+            id: request.id,
+            volume,
+            op: request.op,
+            range: request.range,
+            fua: request.fua,
+            buffer: request.buffer,
+            local: Leg::None,
+            peer: Leg::None,
+            epoch: None,
+            in_log: false,
+            al: false,
+            submitted: false,
+            completed: false,
+            in_sync_at_peer: false,
+            retried: false,
+        });
+        if request.op == RequestOp::Read {
+            self.submit_read(key);
+        } else if self.devices[volume].locks.lock(request.range, LockOwner::Request(key)) {
+            self.request_locked(key);
+        }
+    }
+
+    fn admit(&self, request: &event::Request) -> Result<usize, RequestError> {
+        let volume = self.device_index(request.volume).ok_or(RequestError::Invalid)?;
+        if self.role != Role::Primary || self.demoting() {
+            return Err(RequestError::NotPrimary);
+        }
+        let device = &self.devices[volume];
+        let sectors_per_block = u64::from(device.logical_block_bytes / 512).max(1);
+        let most = match request.op {
+            RequestOp::Read | RequestOp::Write => limits::MAX_REQUEST_SECTORS,
+            RequestOp::WriteZeroes { .. } | RequestOp::Discard => limits::MAX_TRIM_SECTORS,
+        };
+        let aligned = request.range.start().0 % sectors_per_block == 0
+            && request.range.len().0 % sectors_per_block == 0;
+        if !request.range.within(device.size) || request.range.len().0 > most || !aligned {
+            return Err(RequestError::Invalid);
+        }
+        if matches!(request.op, RequestOp::Read | RequestOp::Write) && request.buffer.is_none() {
+            return Err(RequestError::Invalid);
+        }
+        Ok(volume)
+    }
+
+    // ---- writes -------------------------------------------------------------------------------
+
+    /// The range is ours: on to the activity log.
+    pub(super) fn request_locked(&mut self, key: usize) {
+        let (volume, extents) = (self.requests[key].volume, self.requests[key].range.al_extents());
+        if self.al_in_use(volume) {
+            if self.al_begin(volume, AlUser::Request(key), extents) {
+                self.requests[key].al = true;
+                self.submit_write(key);
+            }
+        } else {
+            self.submit_write(key);
+        }
+    }
+
+    /// Sends the write to every copy that takes it.
+    pub(super) fn submit_write(&mut self, key: usize) {
+        let volume = self.requests[key].volume;
+        let device = &self.devices[volume];
+        let local = device.writable();
+        let mode = device.mirror_mode();
+        let good_local = local && device.disk == DiskState::UpToDate;
+        let good_remote = mode == MirrorMode::Data && device.peer_disk == DiskState::UpToDate;
+        self.requests[key].submitted = true;
+        if !good_local && !good_remote {
+            // Never write to a lone copy that is not good (S26).
+            self.finish_request(key, Err(RequestError::Io));
+            return;
+        }
+        match mode {
+            MirrorMode::Data => self.mirror_write(key),
+            MirrorMode::Note => {
+                // Mark first, then announce (S03).
+                let range = self.requests[key].range;
+                self.devices[volume].mark(range);
+                let volume_nr = u32::from(self.devices[volume].nr.0);
+                let note =
+                    v1::OutOfSync { volume: volume_nr, sector: range.start().0, nr_sectors: range.len().0 };
+                self.send(Message::OutOfSync(note), Payload::None);
+            }
+            MirrorMode::Nothing => {
+                let range = self.requests[key].range;
+                self.devices[volume].mark(range);
+            }
+        }
+        if local {
+            let request = &mut self.requests[key];
+            request.local = Leg::Pending;
+            let (op, range, fua, buffer) = (disk_op(request.op), request.range, request.fua, request.buffer);
+            self.submit_io(volume, op, Some(range), fua, buffer, IoContext::Request(key));
+        } else {
+            self.try_complete(key);
+        }
+    }
+
+    fn mirror_write(&mut self, key: usize) {
+        let epoch = self.tl.epoch_for_write(self.now, self.cfg.net.max_epoch_size);
+        self.tl.push(key);
+        self.send_barriers();
+        let protocol = self.cfg.net.protocol;
+        let volume = self.requests[key].volume;
+        let resyncing = matches!(self.devices[volume].repl, ReplState::SyncSource | ReplState::PausedSyncS);
+        let number = u32::from(self.devices[volume].nr.0);
+        let request = &mut self.requests[key];
+        request.epoch = Some(epoch);
+        request.in_log = true;
+        request.peer = if protocol == Protocol::A { Leg::Sent } else { Leg::Pending };
+        let wire = wire_id(key, request.seq);
+        let want_recv_ack = protocol == Protocol::B;
+        // During a resync the ack also says that the blocks are in sync now (SEM §7).
+        let want_write_ack = protocol == Protocol::C || resyncing;
+        let (sector, nr_sectors, fua) = (request.range.start().0, request.range.len().0, request.fua);
+        let epoch = epoch.to_wire();
+        let (message, payload) = match (request.op, request.buffer) {
+            (RequestOp::Write, Some(id)) => {
+                let header = v1::Data {
+                    volume: number,
+                    sector,
+                    request: wire,
+                    epoch,
+                    fua,
+                    want_recv_ack,
+                    want_write_ack,
+                };
+                (Message::Data(header), Payload::Buffer { id, len: request.range.len() })
+            }
+            (op, _) => {
+                let may_unmap = op != RequestOp::WriteZeroes { may_unmap: false };
+                let header = v1::Trim {
+                    volume: number,
+                    sector,
+                    nr_sectors,
+                    request: wire,
+                    epoch,
+                    fua,
+                    want_recv_ack,
+                    want_write_ack,
+                    may_unmap,
+                };
+                let message = if op == RequestOp::Discard {
+                    Message::Discard(header)
+                } else {
+                    Message::WriteZeroes(header)
+                };
+                (message, Payload::None)
+            }
+        };
+        if matches!(payload, Payload::Buffer { .. }) {
+            self.devices[volume].counters.sent_sectors += nr_sectors;
+        }
+        self.arm_ko();
+        self.send(message, payload);
+    }
+
+    /// The local disk answered.
+    pub(super) fn on_local_done(&mut self, key: usize, result: Result<DiskOk, IoError>) {
+        let volume = self.requests[key].volume;
+        self.devices[volume].ios -= 1;
+        if self.requests[key].op == RequestOp::Read {
+            return self.on_local_read_done(key, result);
+        }
+        let device = &mut self.devices[volume];
+        device.writes_done += 1;
+        let request = &mut self.requests[key];
+        match result {
+            Ok(_) => {
+                request.local = Leg::Ok;
+                device.counters.written_sectors += request.range.len().0;
+            }
+            Err(error) => {
+                request.local = Leg::Failed;
+                let range = request.range;
+                device.mark(range);
+                self.on_local_io_error(volume, "a write to the local disk", None, error);
+            }
+        }
+        // Failing the disk may have finished it already.
+        if self.requests.contains(key) {
+            self.settle_in_sync(key);
+            self.try_complete(key);
+        }
+    }
+
+    /// `RecvAck`, `WriteAck` or `NegAck` for a write.
+    pub(super) fn on_write_answer(&mut self, header: &v1::BlockAck, answer: Answer) {
+        let Some(key) = self.find_request(header.request) else {
+            return self.protocol_error("an acknowledgement for a write that is not waiting for one");
+        };
+        let request = &mut self.requests[key];
+        if !request.in_log || request.range.start().0 != header.sector {
+            return self.protocol_error("an acknowledgement that does not fit the write it names");
+        }
+        match answer {
+            Answer::Received if self.cfg.net.protocol == Protocol::B => request.peer = Leg::Ok,
+            Answer::Received => {}
+            Answer::Written => {
+                request.peer = Leg::Ok;
+                request.in_sync_at_peer = header.set_in_sync;
+            }
+            Answer::Failed => {
+                request.peer = Leg::Failed;
+                let (volume, range) = (request.volume, request.range);
+                self.devices[volume].mark(range);
+            }
+        }
+        self.settle_in_sync(key);
+        self.try_complete(key);
+    }
+
+    /// Both copies hold this version: the source clears its bits as the target did.
+    fn settle_in_sync(&mut self, key: usize) {
+        let request = &mut self.requests[key];
+        if request.in_sync_at_peer && request.local == Leg::Ok {
+            request.in_sync_at_peer = false;
+            let (volume, range) = (request.volume, request.range);
+            if self.devices[volume].repl == ReplState::SyncSource {
+                self.devices[volume].unmark(range);
+                self.source_try_finish(volume);
+            }
+        }
+    }
+
+    /// A write the peer called in sync still waits for its local leg.
+    pub(super) fn in_sync_pending(&self, volume: usize) -> bool {
+        self.requests.iter().any(|(_, request)| {
+            request.volume == volume && request.in_sync_at_peer && request.local == Leg::Pending
+        })
+    }
+
+    /// The completion rule. Safe to call at any time after submission.
+    pub(super) fn try_complete(&mut self, key: usize) {
+        let request = &self.requests[key];
+        if !request.submitted || request.local == Leg::Pending {
+            return;
+        }
+        if !request.completed {
+            let peer_done = match request.peer {
+                Leg::Pending => false,
+                // "Sent" proves nothing: with a failed local leg wait for the barrier ack.
+                Leg::Sent => request.local == Leg::Ok,
+                Leg::None | Leg::Ok | Leg::Failed => true,
+            };
+            if !peer_done {
+                return;
+            }
+            let volume = request.volume;
+            if self.devices[volume].uuid_gate.is_some() {
+                if !self.devices[volume].gated.contains(&key) {
+                    self.devices[volume].gated.push(key);
+                }
+                return;
+            }
+            let good = request.local == Leg::Ok || matches!(request.peer, Leg::Ok | Leg::Sent);
+            self.complete_request(key, if good { Ok(()) } else { Err(RequestError::Io) });
+        }
+        self.forget_if_done(key);
+    }
+
+    fn complete_request(&mut self, key: usize, result: Result<(), RequestError>) {
+        let request = &mut self.requests[key];
+        debug_assert!(!request.completed, "request {:?} completes twice", request.id);
+        request.completed = true;
+        let (id, volume, range, epoch) = (request.id, request.volume, request.range, request.epoch);
+        self.out.push_back(Output::Complete { id, result, data: None });
+        if let Some(epoch) = epoch
+            && self.tl.close(epoch)
+        {
+            self.timers.set_if_idle(Timer::IdleBarrier, self.now.plus_ms(IDLE_BARRIER_MS));
+        }
+        self.unlock(volume, range, LockOwner::Request(key));
+    }
+
+    /// Fails or finishes a write that was never handed to any copy.
+    fn finish_request(&mut self, key: usize, result: Result<(), RequestError>) {
+        self.complete_request(key, result);
+        self.forget_if_done(key);
+    }
+
+    fn forget_if_done(&mut self, key: usize) {
+        let request = &self.requests[key];
+        if request.completed && !request.in_log {
+            let request = self.requests.remove(key);
+            if request.al {
+                self.al_end(request.volume, request.range.al_extents());
+            }
+        }
+    }
+
+    /// Lets a range go and moves on whoever waited for it.
+    pub(super) fn unlock(&mut self, volume: usize, range: BlockRange, owner: LockOwner) {
+        let mut granted = std::mem::take(&mut self.granted);
+        self.devices[volume].locks.unlock(range, owner, &mut granted);
+        self.run_granted(volume, granted);
+    }
+
+    pub(super) fn run_granted(&mut self, volume: usize, mut granted: Vec<LockOwner>) {
+        for owner in granted.drain(..) {
+            match owner {
+                LockOwner::Request(key) => self.request_locked(key),
+                LockOwner::Peer(key) => self.peer_write_locked(volume, key),
+                LockOwner::ResyncSource(key) => self.resync_read_locked(volume, key),
+                LockOwner::ResyncTarget(key) => self.resync_write_locked(volume, key),
+            }
+        }
+        self.granted = granted;
+    }
+
+    /// The connection is gone, or the peer's disk of one volume: what it did not declare stable may be
+    /// missing there, so it is marked; then the legs end (SEM §7 "connection loss").
+    pub(super) fn fail_peer_legs(&mut self) {
+        let unacked = self.tl.take_all();
+        for key in &unacked {
+            let request = &mut self.requests[*key];
+            request.in_log = false;
+            request.in_sync_at_peer = false;
+            let (volume, range) = (request.volume, request.range);
+            // "Sent" (protocol A) and "pending" never got their proof.
+            if request.peer != Leg::Ok {
+                request.peer = Leg::Failed;
+            }
+            self.devices[volume].mark(range);
+        }
+        for key in unacked {
+            if self.requests.contains(key) {
+                self.try_complete(key);
+            }
+        }
+        let reads: Vec<usize> = self
+            .requests
+            .iter()
+            .filter(|(_, request)| request.op == RequestOp::Read && request.peer == Leg::Pending)
+            .map(|(key, _)| key)
+            .collect();
+        for key in reads {
+            self.requests[key].peer = Leg::Failed;
+            self.retry_read(key);
+        }
+        self.try_complete_flushes();
+    }
+
+    /// The peer's disk of this volume went away while the connection stands: mark what it had not declared stable.
+    pub(super) fn mark_unacked(&mut self, volume: usize) {
+        let ranges: Vec<BlockRange> = self
+            .tl
+            .requests()
+            .filter(|key| self.requests[*key].volume == volume)
+            .map(|key| self.requests[key].range)
+            .collect();
+        for range in ranges {
+            self.devices[volume].mark(range);
+        }
+    }
+
+    // ---- epochs -------------------------------------------------------------------------------
+
+    /// Ends the open epoch and sends what is due; the newest epoch that is not acked yet.
+    pub(super) fn close_epoch(&mut self) -> Option<EpochNr> {
+        let newest = self.tl.close_current();
+        self.send_barriers();
+        newest
+    }
+
+    pub(super) fn send_barriers(&mut self) {
+        while let Some(epoch) = self.tl.take_barrier() {
+            self.send(Message::Barrier(v1::Barrier { epoch: epoch.to_wire() }), Payload::None);
+        }
+    }
+
+    pub(super) fn on_barrier_ack(&mut self, epoch: u32, writes: u32) {
+        let acked = match self.tl.ack(epoch, writes) {
+            Ok(acked) => acked,
+            Err(error) => return self.protocol_error(&error.to_string()),
+        };
+        for key in &acked {
+            let request = &mut self.requests[*key];
+            if request.peer == Leg::Pending {
+                return self.protocol_error("a barrier ack before the acknowledgement of one of its writes");
+            }
+            if request.peer == Leg::Sent {
+                request.peer = Leg::Ok;
+            }
+            request.in_log = false;
+        }
+        for key in &acked {
+            self.try_complete(*key);
+        }
+        self.tl.recycle(acked);
+        self.timers.stop(Timer::Ko);
+        if !self.tl.is_empty() {
+            self.arm_ko();
+        }
+        self.try_complete_flushes();
+    }
+
+    // ---- flushes ------------------------------------------------------------------------------
+
+    pub(super) fn on_flush(&mut self, id: RequestId, volume: VolumeNr) {
+        let at = match self.device_index(volume) {
+            Some(at) if self.role == Role::Primary => at,
+            Some(_) => {
+                self.out.push_back(Output::Complete {
+                    id,
+                    result: Err(RequestError::NotPrimary),
+                    data: None,
+                });
+                return;
+            }
+            None => {
+                self.out.push_back(Output::Complete { id, result: Err(RequestError::Invalid), data: None });
+                return;
+            }
+        };
+        let newest = self.close_epoch();
+        let local = self.devices[at].writable();
+        // A and B promise the local copy only; without one, the peer's is the one.
+        let peer_through = if self.cfg.net.protocol == Protocol::C || !local { newest } else { None };
+        let leg = if local { Leg::Pending } else { Leg::None };
+        let key = self.flushes.insert(Flush { id, volume: at, local: leg, peer_through });
+        if local {
+            self.submit_io(at, DiskOp::Flush, None, false, None, IoContext::Flush(key));
+        }
+        self.try_complete_flush(key);
+    }
+
+    pub(super) fn on_flush_local_done(&mut self, key: usize, ok: bool) {
+        let volume = self.flushes[key].volume;
+        self.devices[volume].ios -= 1;
+        if ok {
+            self.flushes[key].local = Leg::Ok;
+        } else {
+            // What earlier writes left in the cache may be gone; the kernel would report success next
+            // time. The disk is done for, and only the peer can still vouch for them.
+            self.flushes[key].local = Leg::Failed;
+            self.flushes[key].peer_through = self.close_epoch();
+            self.fail_disk(volume, "a flush of the local disk failed", None);
+        }
+        if self.flushes.contains(key) {
+            self.try_complete_flush(key);
+        }
+    }
+
+    pub(super) fn try_complete_flushes(&mut self) {
+        if self.flushes.is_empty() {
+            return;
+        }
+        let keys: Vec<usize> = self.flushes.iter().map(|(key, _)| key).collect();
+        for key in keys {
+            if self.flushes.contains(key) {
+                self.try_complete_flush(key);
+            }
+        }
+    }
+
+    fn try_complete_flush(&mut self, key: usize) {
+        let flush = &self.flushes[key];
+        let acked = flush.peer_through.is_none_or(|nr| self.tl.acked_through(nr));
+        if flush.local == Leg::Pending || !acked || self.devices[flush.volume].uuid_gate.is_some() {
+            return;
+        }
+        let good = match flush.local {
+            Leg::Ok => true,
+            // Nothing but the peer's stable copy counts then.
+            Leg::None | Leg::Failed => self.devices[flush.volume].peer_readable(),
+            Leg::Pending | Leg::Sent => false,
+        };
+        let flush = self.flushes.remove(key);
+        let result = if good { Ok(()) } else { Err(RequestError::Io) };
+        self.out.push_back(Output::Complete { id: flush.id, result, data: None });
+    }
+
+    // ---- reads --------------------------------------------------------------------------------
+
+    fn submit_read(&mut self, key: usize) {
+        let request = &self.requests[key];
+        let (volume, range, buffer) = (request.volume, request.range, request.buffer);
+        let device = &self.devices[volume];
+        if device.readable(range) && request.local != Leg::Failed {
+            self.requests[key].local = Leg::Pending;
+            self.submit_io(volume, DiskOp::Read, Some(range), false, buffer, IoContext::Request(key));
+        } else if device.peer_readable() && request.peer != Leg::Failed {
+            let header = v1::BlockRequest {
+                volume: u32::from(device.nr.0),
+                sector: range.start().0,
+                nr_sectors: range.len().0,
+                request: wire_id(key, request.seq),
+            };
+            self.requests[key].peer = Leg::Pending;
+            self.send(Message::DataRequest(header), Payload::None);
+        } else {
+            self.complete_read(key, Err(RequestError::Io), None);
+        }
+    }
+
+    fn on_local_read_done(&mut self, key: usize, result: Result<DiskOk, IoError>) {
+        let (volume, range) = (self.requests[key].volume, self.requests[key].range);
+        match result {
+            Ok(_) => {
+                self.devices[volume].counters.read_sectors += range.len().0;
+                self.requests[key].local = Leg::Ok;
+                self.complete_read(key, Ok(()), None);
+            }
+            Err(error) => {
+                self.requests[key].local = Leg::Failed;
+                self.on_local_io_error(volume, "a read from the local disk", Some(range), error);
+                self.retry_read(key);
+            }
+        }
+    }
+
+    /// One copy failed: the other one, once.
+    fn retry_read(&mut self, key: usize) {
+        if std::mem::replace(&mut self.requests[key].retried, true) {
+            self.complete_read(key, Err(RequestError::Io), None);
+        } else {
+            self.submit_read(key);
+        }
+    }
+
+    pub(super) fn on_data_reply(&mut self, header: &v1::BlockReply, payload: Payload) {
+        let waiting = self.find_request(header.request).filter(|key| {
+            self.requests[*key].op == RequestOp::Read && self.requests[*key].peer == Leg::Pending
+        });
+        let (Some(key), Payload::Buffer { id, len }) = (waiting, payload.clone()) else {
+            self.drop_payload(payload);
+            return self.protocol_error("data for a read that is not waiting");
+        };
+        let range = self.requests[key].range;
+        if range.start().0 != header.sector || range.len() != len {
+            self.drop_payload(payload);
+            return self.protocol_error("data that does not fit the read it answers");
+        }
+        let volume = self.requests[key].volume;
+        self.devices[volume].counters.received_sectors += len.0;
+        self.requests[key].peer = Leg::Ok;
+        self.complete_read(key, Ok(()), Some(id));
+    }
+
+    pub(super) fn on_neg_data_reply(&mut self, header: &v1::BlockAck) {
+        let Some(key) =
+            self.find_request(header.request).filter(|key| self.requests[*key].peer == Leg::Pending)
+        else {
+            return self.protocol_error("a refused read that is not waiting");
+        };
+        self.requests[key].peer = Leg::Failed;
+        self.retry_read(key);
+    }
+
+    fn complete_read(&mut self, key: usize, result: Result<(), RequestError>, data: Option<BufferId>) {
+        let request = self.requests.remove(key);
+        self.out.push_back(Output::Complete { id: request.id, result, data });
+    }
+
+    /// The request a wire id names, if it still waits.
+    fn find_request(&self, wire: u64) -> Option<usize> {
+        let key = usize::try_from(wire & 0xffff_ffff).ok()?;
+        self.requests.get(key).filter(|request| u64::from(request.seq) == wire >> 32).map(|_| key)
+    }
+
+    /// Nothing of the application is in flight.
+    pub(super) fn requests_drained(&self) -> bool {
+        self.requests.is_empty() && self.flushes.is_empty() && self.tl.is_empty()
+    }
+}
+
+fn wire_id(key: usize, seq: u32) -> u64 {
+    (u64::from(seq) << 32) | (key as u64 & 0xffff_ffff)
+}
+
+const fn disk_op(op: RequestOp) -> DiskOp {
+    match op {
+        RequestOp::Read => DiskOp::Read,
+        RequestOp::Write => DiskOp::Write,
+        RequestOp::WriteZeroes { may_unmap } => DiskOp::WriteZeroes { may_unmap },
+        RequestOp::Discard => DiskOp::Discard,
+    }
+}
+
+/// Length of a range, for messages that carry it beside their payload.
+pub(super) const fn range_of(sector: u64, nr_sectors: u64) -> Option<BlockRange> {
+    BlockRange::new(crate::units::Sector(sector), SectorCount(nr_sectors))
+}

@@ -1,0 +1,499 @@
+//! Becoming Primary, becoming Secondary (SEM §2), and what is asked of the peer first (SEM §6).
+//!
+//! ```text
+//! Secondary --checks--> ask peer --> "Primary" durable in every superblock --> Primary
+//! Primary --not open--> drain, all epochs acked --> data and bitmap durable --> superblock --> Secondary
+//! ```
+//! The demotion waits for the barrier acks: without PRIMARY_IND nobody looks at the activity log again,
+//! so everything it stood for must be stable on both nodes first (I1).
+use super::event::{AdminId, Event, Output, Payload, Refusal, Severity};
+use super::metadata::{BitmapThen, SuperblockThen};
+use super::state::{ConnState, DiskState, ReplState, Role};
+use super::verbs::refusal;
+use super::{Reply, Resource};
+use crate::meta::UUID_JUST_CREATED;
+use crate::units::VolumeNr;
+use lockstep_proto::v1::state_request::Kind;
+use lockstep_proto::v1::volume_info::Phase;
+use lockstep_proto::{Message, v1};
+
+/// A role change on its way.
+#[derive(Debug)]
+pub(super) struct RoleChange {
+    reply: Reply,
+    force: bool,
+    step: RoleStep,
+    /// Volumes whose write of this step is not durable yet.
+    left: usize,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum RoleStep {
+    /// Waiting for the peer's consent.
+    AskPeer(u64),
+    /// The superblocks say Primary as soon as they are durable.
+    Promote,
+    /// Waiting for requests and barrier acks.
+    Drain,
+    /// Data and bitmaps become durable.
+    Settle,
+    /// The superblocks no longer say Primary as soon as they are durable.
+    Demote,
+}
+
+/// `down`: disconnect, demote, detach.
+#[derive(Debug)]
+pub(super) struct Down {
+    pub(super) reply: AdminId,
+    pub(super) detaching: bool,
+}
+
+/// A cluster-wide change other than a promotion, waiting for the peer's answer.
+#[derive(Debug)]
+pub(super) struct Asked {
+    id: u64,
+    reply: Reply,
+    volume: usize,
+    kind: Kind,
+    uuid: u64,
+}
+
+impl Resource {
+    /// No new request is taken: the role is about to end.
+    pub(super) fn demoting(&self) -> bool {
+        self.role_change.as_ref().is_some_and(|change| {
+            matches!(change.step, RoleStep::Drain | RoleStep::Settle | RoleStep::Demote)
+        })
+    }
+
+    /// Facts that a handshake announces are about to change.
+    pub(super) fn role_change_writes(&self) -> bool {
+        self.role_change.as_ref().is_some_and(|change| !matches!(change.step, RoleStep::AskPeer(_)))
+    }
+
+    // ---- promotion ----------------------------------------------------------------------------
+
+    pub(super) fn promote(&mut self, reply: Reply, force: bool) {
+        if self.role == Role::Primary && self.role_change.is_none() {
+            return self.reply(reply, Ok(()));
+        }
+        if let Err(refused) = self.check_promote(force) {
+            return self.reply(reply, Err(refused));
+        }
+        if self.conn == ConnState::Connected {
+            let id = self.ask_peer(Kind::Promote, 0, 0);
+            self.role_change = Some(RoleChange { reply, force, step: RoleStep::AskPeer(id), left: 0 });
+        } else {
+            self.role_change = Some(RoleChange { reply, force, step: RoleStep::Promote, left: 0 });
+            self.promote_write();
+        }
+    }
+
+    fn check_promote(&self, force: bool) -> Result<(), Refusal> {
+        let name = &self.cfg.name;
+        if self.role_change.is_some() {
+            let facts = vec!["another role change is running".to_owned()];
+            return Err(refusal(
+                -18,
+                "In transient state, retry after next state change",
+                facts,
+                "try again in a moment",
+            ));
+        }
+        if self.peer_role == Role::Primary && !self.cfg.net.allow_two_primaries {
+            return Err(refusal(
+                -1,
+                "Multiple primaries not allowed by config",
+                vec![format!("{} is Primary and connected", self.cfg.peer_name)],
+                &format!("on {}: drbdadm secondary {name}", self.cfg.peer_name),
+            ));
+        }
+        for device in &self.devices {
+            if device.disk == DiskState::UpToDate || device.peer_readable() {
+                continue;
+            }
+            let usable =
+                matches!(device.disk, DiskState::Inconsistent | DiskState::Outdated | DiskState::Consistent);
+            if force && usable {
+                continue;
+            }
+            let mut facts = vec![
+                format!("volume {}: the disk here is {}", device.nr.0, device.disk),
+                format!(
+                    "volume {}: the peer's disk is {}, connection {}",
+                    device.nr.0, device.peer_disk, self.conn
+                ),
+            ];
+            if device.uuids.current & !1 == UUID_JUST_CREATED && device.disk == DiskState::Inconsistent {
+                facts.push("this is a fresh pair: no node's data was declared good yet".into());
+            }
+            let advice = if usable {
+                format!(
+                    "connect to a node with good data; or, if the data here shall count: drbdadm primary --force {name}"
+                )
+            } else {
+                format!("drbdadm attach {name}, or connect to a node with good data")
+            };
+            return Err(refusal(-2, "Need access to UpToDate data", facts, &advice));
+        }
+        Ok(())
+    }
+
+    fn promote_write(&mut self) {
+        let force = self.role_change.as_ref().is_some_and(|change| change.force);
+        self.md_primary = true;
+        self.discard_my_data = false;
+        let mut with_metadata = Vec::new();
+        for volume in 0..self.devices.len() {
+            let device = &self.devices[volume];
+            let bad =
+                matches!(device.disk, DiskState::Inconsistent | DiskState::Outdated | DiskState::Consistent);
+            if force && bad && !device.peer_readable() {
+                let nr = device.nr;
+                self.note(
+                    Severity::Warning,
+                    format!("volume {}: Forced to consider local data as UpToDate!", nr.0),
+                );
+                self.set_disk(volume, DiskState::UpToDate);
+                self.bump_uuid(volume, true);
+            }
+            let device = &mut self.devices[volume];
+            if device.has_metadata() {
+                device.uuids.current |= 1;
+                with_metadata.push(volume);
+            }
+            self.new_generation_if_alone(volume);
+        }
+        if let Some(change) = &mut self.role_change {
+            change.left = with_metadata.len();
+        }
+        if with_metadata.is_empty() {
+            return self.finish_promote();
+        }
+        for volume in with_metadata {
+            self.md_touch(volume);
+            self.md_then(volume, SuperblockThen::Role);
+        }
+    }
+
+    fn finish_promote(&mut self) {
+        let Some(change) = self.role_change.take() else { return };
+        self.set_role(Role::Primary);
+        for volume in 0..self.devices.len() {
+            let device = &mut self.devices[volume];
+            if device.has_metadata() {
+                device.exposed_uuid = device.uuids.current;
+            }
+            self.update_export(volume);
+            // Forced on a connected pair: the other copy is not good, so it becomes a target now (SEM §2 #3).
+            let device = &self.devices[volume];
+            if change.force
+                && self.conn == ConnState::Connected
+                && device.repl == ReplState::Established
+                && device.peer_disk == DiskState::Inconsistent
+                && device.disk == DiskState::UpToDate
+            {
+                self.devices[volume].negotiating = true;
+                self.send_volume_info(volume, Phase::Attach);
+            }
+        }
+        self.send_state();
+        self.reply(change.reply, Ok(()));
+        self.handshake_try_send();
+    }
+
+    // ---- demotion -----------------------------------------------------------------------------
+
+    pub(super) fn demote(&mut self, reply: Reply) {
+        if self.role != Role::Primary && self.role_change.is_none() {
+            return self.reply(reply, Ok(()));
+        }
+        if self.role_change.is_some() {
+            let facts = vec!["another role change is running".to_owned()];
+            let refused = refusal(
+                -18,
+                "In transient state, retry after next state change",
+                facts,
+                "try again in a moment",
+            );
+            return self.reply(reply, Err(refused));
+        }
+        if let Err(refused) = self.check_not_open() {
+            return self.reply(reply, Err(refused));
+        }
+        self.close_epoch();
+        self.role_change = Some(RoleChange { reply, force: false, step: RoleStep::Drain, left: 0 });
+        self.progress_role();
+    }
+
+    pub(super) fn check_not_open(&self) -> Result<(), Refusal> {
+        let open: Vec<String> = self
+            .devices
+            .iter()
+            .filter(|device| device.open_count > 0)
+            .map(|device| format!("volume {} is held open by {} client(s)", device.nr.0, device.open_count))
+            .collect();
+        if open.is_empty() {
+            return Ok(());
+        }
+        Err(refusal(
+            -12,
+            "Device is held open by someone",
+            open,
+            "unmount it or disconnect its clients first",
+        ))
+    }
+
+    pub(super) fn progress_role(&mut self) {
+        let drained = self.role_change.as_ref().is_some_and(|change| change.step == RoleStep::Drain)
+            && self.requests_drained();
+        if !drained {
+            return;
+        }
+        let volumes: Vec<usize> =
+            (0..self.devices.len()).filter(|at| self.devices[*at].has_metadata()).collect();
+        if let Some(change) = &mut self.role_change {
+            change.step = RoleStep::Settle;
+            change.left = volumes.len();
+        }
+        if volumes.is_empty() {
+            self.demote_write();
+        }
+        for volume in volumes {
+            self.write_bitmap(volume, BitmapThen::Role);
+        }
+    }
+
+    fn demote_write(&mut self) {
+        self.md_primary = false;
+        let volumes: Vec<usize> =
+            (0..self.devices.len()).filter(|at| self.devices[*at].has_metadata()).collect();
+        if let Some(change) = &mut self.role_change {
+            change.step = RoleStep::Demote;
+            change.left = volumes.len();
+        }
+        if volumes.is_empty() {
+            return self.finish_demote();
+        }
+        for volume in volumes {
+            self.devices[volume].uuids.current &= !1;
+            self.md_touch(volume);
+            self.md_then(volume, SuperblockThen::Role);
+        }
+    }
+
+    fn finish_demote(&mut self) {
+        let Some(change) = self.role_change.take() else { return };
+        self.set_role(Role::Secondary);
+        for volume in 0..self.devices.len() {
+            self.update_export(volume);
+        }
+        self.send_state();
+        self.reply(change.reply, Ok(()));
+        self.handshake_try_send();
+    }
+
+    /// One volume's write of the current step is durable (or its disk is gone).
+    pub(super) fn role_step_done(&mut self) {
+        let Some(change) = &mut self.role_change else { return };
+        change.left = change.left.saturating_sub(1);
+        if change.left > 0 {
+            return;
+        }
+        match change.step {
+            RoleStep::Promote => self.finish_promote(),
+            RoleStep::Settle => self.demote_write(),
+            RoleStep::Demote => self.finish_demote(),
+            RoleStep::AskPeer(_) | RoleStep::Drain => {}
+        }
+    }
+
+    fn set_role(&mut self, new: Role) {
+        let old = std::mem::replace(&mut self.role, new);
+        if old != new {
+            self.event(Event::Role(old, new));
+        }
+    }
+
+    /// Exports a volume while Primary and its size is known.
+    pub(super) fn update_export(&mut self, volume: usize) {
+        let primary = self.role == Role::Primary;
+        let device = &mut self.devices[volume];
+        let size = (primary && device.size.0 != 0).then_some(device.size);
+        if device.exported != size {
+            device.exported = size;
+            let volume = device.nr;
+            self.out.push_back(Output::Export { volume, size });
+        }
+    }
+
+    pub(super) fn on_opened(&mut self, volume: VolumeNr, change: i32) {
+        if let Some(at) = self.device_index(volume) {
+            let device = &mut self.devices[at];
+            device.open_count = device.open_count.saturating_add_signed(change);
+        }
+    }
+
+    // ---- asking the peer ------------------------------------------------------------------------
+
+    fn ask_peer(&mut self, kind: Kind, volume: u32, uuid_current: u64) -> u64 {
+        self.next_state_request += 1;
+        let id = self.next_state_request;
+        self.send(
+            Message::StateRequest(v1::StateRequest { id, kind: kind.into(), volume, uuid_current }),
+            Payload::None,
+        );
+        id
+    }
+
+    /// Asks for a change of one volume that needs the peer's part.
+    pub(super) fn ask_for(&mut self, reply: Reply, kind: Kind, volume: usize, uuid: u64) {
+        let number = u32::from(self.devices[volume].nr.0);
+        let id = self.ask_peer(kind, number, uuid);
+        self.asked.push(Asked { id, reply, volume, kind, uuid });
+    }
+
+    pub(super) fn on_state_request(&mut self, request: &v1::StateRequest) {
+        let answer = self.judge_state_request(request);
+        let (result, text) = match &answer {
+            Ok(()) => (1, String::new()),
+            Err(refused) => (refused.number, refused.text.clone()),
+        };
+        self.send(Message::StateReply(v1::StateReply { id: request.id, result, text }), Payload::None);
+        if answer.is_ok()
+            && let Some(volume) = self.wire_device(request.volume)
+        {
+            match request.kind() {
+                Kind::Promote | Kind::Detach => {}
+                Kind::StartFullSyncAsTarget => self.begin_resync(volume, true, true, DiskState::Inconsistent),
+                Kind::StartFullSyncAsSource => self.begin_resync(volume, false, true, DiskState::UpToDate),
+                Kind::SkipInitialSync => self.skip_initial_sync(volume, request.uuid_current),
+            }
+        }
+    }
+
+    fn judge_state_request(&self, request: &v1::StateRequest) -> Result<(), Refusal> {
+        let kind = request.kind();
+        if kind == Kind::Promote {
+            let promoting = self.role_change.as_ref().map(|change| change.step);
+            let lower = self.cfg.node_id < self.cfg.peer_node_id;
+            let mine_first = match promoting {
+                Some(RoleStep::AskPeer(_)) => lower,
+                Some(RoleStep::Promote) => true,
+                Some(RoleStep::Drain | RoleStep::Settle | RoleStep::Demote) | None => {
+                    self.role == Role::Primary
+                }
+            };
+            if mine_first && !self.cfg.net.allow_two_primaries {
+                let facts = vec![format!("{} is {} or becoming Primary", self.cfg.node_name, self.role)];
+                return Err(refusal(-1, "Multiple primaries not allowed by config", facts, ""));
+            }
+            return Ok(());
+        }
+        let Some(volume) = self.wire_device(request.volume) else {
+            return Err(refusal(
+                -10,
+                "State change was refused by peer node",
+                vec!["no such volume there".into()],
+                "",
+            ));
+        };
+        let device = &self.devices[volume];
+        if device.repl != ReplState::Established || device.resync.is_some() || device.procedure.is_some() {
+            return Err(refusal(-8, "Can not start OV/resync since it is already active", Vec::new(), ""));
+        }
+        match kind {
+            Kind::StartFullSyncAsTarget if device.disk != DiskState::UpToDate => {
+                Err(refusal(-2, "Need access to UpToDate data", Vec::new(), ""))
+            }
+            Kind::StartFullSyncAsSource if !device.writable() => {
+                Err(refusal(-5, "Can not resync without remote disk", Vec::new(), ""))
+            }
+            Kind::StartFullSyncAsSource if self.role == Role::Primary => {
+                let facts = vec!["that node is Primary".into()];
+                Err(refusal(-10, "State change was refused by peer node", facts, ""))
+            }
+            Kind::SkipInitialSync if device.uuids.current & !1 != UUID_JUST_CREATED || !device.writable() => {
+                Err(refusal(151, "The peer's disk holds data", Vec::new(), ""))
+            }
+            Kind::Promote
+            | Kind::Detach
+            | Kind::StartFullSyncAsTarget
+            | Kind::StartFullSyncAsSource
+            | Kind::SkipInitialSync => Ok(()),
+        }
+    }
+
+    pub(super) fn on_state_reply(&mut self, reply: &v1::StateReply) {
+        let refused = (reply.result < 1).then(|| {
+            refusal(
+                reply.result,
+                "State change was refused by peer node",
+                vec![format!("{} says: {}", self.cfg.peer_name, reply.text)],
+                &format!("drbdadm status {}", self.cfg.name),
+            )
+        });
+        if let Some(change) = &mut self.role_change
+            && change.step == RoleStep::AskPeer(reply.id)
+        {
+            if let Some(refused) = refused {
+                let to = change.reply;
+                self.role_change = None;
+                self.reply(to, Err(refused));
+            } else {
+                change.step = RoleStep::Promote;
+                self.promote_write();
+            }
+            return;
+        }
+        let Some(at) = self.asked.iter().position(|asked| asked.id == reply.id) else {
+            return self.protocol_error("an answer to a question nobody asked");
+        };
+        let asked = self.asked.remove(at);
+        if let Some(refused) = refused {
+            return self.reply(asked.reply, Err(refused));
+        }
+        match asked.kind {
+            Kind::StartFullSyncAsTarget => self.begin_resync(asked.volume, false, true, DiskState::UpToDate),
+            Kind::StartFullSyncAsSource => {
+                self.begin_resync(asked.volume, true, true, DiskState::Inconsistent)
+            }
+            Kind::SkipInitialSync => self.skip_initial_sync(asked.volume, asked.uuid),
+            Kind::Promote | Kind::Detach => {}
+        }
+        self.reply(asked.reply, Ok(()));
+    }
+
+    /// Both nodes declare their fresh disks equal (SEM §27).
+    fn skip_initial_sync(&mut self, volume: usize, uuid: u64) {
+        let device = &mut self.devices[volume];
+        device.uuids.current = uuid & !1;
+        device.uuids.bitmap = 0;
+        device.bitmap.clear_all();
+        self.set_disk(volume, DiskState::UpToDate);
+        self.set_peer_disk_fact(volume, DiskState::UpToDate);
+        self.md_touch(volume);
+        self.write_bitmap(volume, BitmapThen::Nothing);
+        self.send_state();
+    }
+
+    /// The connection ended while the peer was asked.
+    pub(super) fn role_session_lost(&mut self) {
+        for asked in std::mem::take(&mut self.asked) {
+            let facts = vec!["the connection was lost before the peer answered".to_owned()];
+            let refused = refusal(
+                -15,
+                "Need a connection to start verify or resync",
+                facts,
+                &format!("drbdadm status {}", self.cfg.name),
+            );
+            self.reply(asked.reply, Err(refused));
+        }
+        if self.role_change.as_ref().is_some_and(|change| matches!(change.step, RoleStep::AskPeer(_)))
+            && let Some(change) = self.role_change.take()
+        {
+            // Nobody left to object: judged anew, as a node on its own.
+            self.promote(change.reply, change.force);
+        }
+    }
+}
