@@ -570,7 +570,7 @@ fn is_global(text: &str) -> bool {
     flags.contains(&text)
         || text.starts_with("--color")
         || (text.starts_with("-v") && text.bytes().skip(1).all(|byte| byte == b'v'))
-        || GLOBAL_WITH_VALUE.iter().any(|option| with_value(option))
+        || GLOBAL_WITH_VALUE.iter().any(with_value)
 }
 
 #[cfg(test)]

@@ -32,10 +32,10 @@ pub const SS_NO_LOCAL_DISK: i32 = -4;
 pub const SS_DEVICE_IN_USE: i32 = -12;
 /// DRBD's number for "disk state is lower than outdated".
 pub const SS_LOWER_THAN_OUTDATED: i32 = -16;
-/// DRBD's number for "cannot open backing device".
-pub const ERR_OPEN_DISK: i32 = 104;
-/// DRBD's number for "device has no disk".
-pub const ERR_NO_DISK: i32 = 138;
+/// DRBD's number for "no valid meta-data".
+pub const ERR_NO_META: i32 = 119;
+/// DRBD's number for "already has a disk".
+pub const ERR_DISK_CONFIGURED: i32 = 124;
 /// DRBD's number for "unknown resource".
 pub const ERR_RES_NOT_KNOWN: i32 = 158;
 
