@@ -4,6 +4,7 @@
 # The VM powers off when this ends.
 dir=$1
 . "$dir/env"
+exec 3>&- # the init leaves its console open there
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LC_ALL=C.UTF-8
 
 finish() {
