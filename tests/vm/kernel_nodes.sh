@@ -14,8 +14,8 @@ start_node() { :; }
 stop_node() { :; }
 
 kernel_node_up() {
-    local minor=${1#nodo} own=7789 peer=7790
-    ((minor == 1)) || { own=7790 peer=7789; }
+    local minor=${1#nodo} own peer
+    read -r own peer < <(kernel_ports "$minor")
     kernel_attach "r$minor" "$minor" "${KERNEL_DISK[$1]}"
     kernel_connect "r$minor" "$own" "$peer"
 }
@@ -37,22 +37,26 @@ on() {
     esac
 }
 
-# A kernel cannot be killed alone, so the node loses its disk and then its peer at once:
-# its users see IO errors and its metadata stays as a crash would leave it.
+# Ports of the replication link, own and peer's, by minor.
+kernel_ports() { if (($1 == 1)); then echo 7789 7790; else echo 7790 7789; fi; }
+
+# A kernel cannot be killed alone, so the node loses its disk and then its peer: its users see
+# IO errors, and its metadata stays as a crash would leave it. The peer listens again only when
+# the node returns, or the diskless Primary would find it.
 crash_node() {
-    local minor=${1#nodo}
+    local minor=${1#nodo} own peer
     within 60 drbdsetup detach "$minor" --force
-    local own=7790 peer=7789
-    ((minor == 1)) || { own=7789 peer=7790; }
+    read -r own peer < <(kernel_ports $((3 - minor)))
     within 60 drbdsetup disconnect "ipv4:127.0.0.1:$own" "ipv4:127.0.0.1:$peer" --force
-    kernel_connect "r$((3 - minor))" "$own" "$peer"
 }
 
 return_node() {
-    local minor=${1#nodo}
-    within 60 drbdsetup secondary "$minor" || true
+    local minor=${1#nodo} own peer
+    within 60 drbdsetup secondary "$minor"
     kernel_down "r$minor"
     kernel_node_up "$1"
+    read -r own peer < <(kernel_ports $((3 - minor)))
+    kernel_connect "r$((3 - minor))" "$own" "$peer"
 }
 
 node_out_of_sync_kib() { kernel_field "${1#nodo}" oos; }

@@ -99,7 +99,7 @@ within() { timeout --kill-after=5 "$@"; }
 # The VMs of one run2 meet at named points. `signal NAME [TEXT]` once, `wait_signal NAME SECONDS`
 # prints the text.
 signal() {
-    echo "${2:-}" >"$VM_SHARE/signals/$1.new.$VM_NODE"
+    printf '%s' "${2:-}" >"$VM_SHARE/signals/$1.new.$VM_NODE"
     mv "$VM_SHARE/signals/$1.new.$VM_NODE" "$VM_SHARE/signals/$1"
 }
 wait_signal() {

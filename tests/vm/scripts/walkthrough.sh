@@ -110,6 +110,7 @@ mount_on nodo1
     echo all >>/run/vm/safe
 ) &>/run/vm/writer.log &
 writer=$!
+disown "$writer"
 wait_for '(($(wc -l </run/vm/safe) >= safe_parts))' 600
 sleep 0.5
 check "the writer is still at it" kill -0 "$writer"
