@@ -38,8 +38,10 @@ uuids_of() { cut -d: -f1-4 <<<"$1"; }
 current_of() { printf '%016X' $((0x$(cut -d: -f1 <<<"$1") & ~1)); }
 without_primary_mark() { echo "$(current_of "$1"):$(cut -d: -f2-4 <<<"$1")"; }
 
-# dump-md of both programs without the comments, in which they name themselves and the time.
-dump_facts() { grep -v '^#' | tr -s ' \t\n' ' '; }
+# dump-md of both programs without the comments, in which they name themselves and the time, and
+# without the flags: Debian's prints 0 there, whatever they are (mended in drbd-utils 9.33). The
+# flags are in get-gi.
+dump_facts() { grep -v '^#' | sed 's/flags 0x[0-9A-Fa-f]*;//' | tr -s ' \t\n' ' '; }
 
 # new_disk NAME: 1 GiB, so that the bitmap has more than one page; sets $disk and $kib.
 new_disk() {
