@@ -38,6 +38,13 @@ kernel_field() { kernel_state "$1" | sed -n "s/.* $2:\([^ ]*\).*/\1/p"; }
 # The UUIDs of an attached minor, from the kernel: current:bitmap:history:history:flags
 kernel_gi() { within 30 drbdsetup get-gi "$1" | tail -1; }
 
+# The first four fields of an identifier line. Bit 0 of the current UUID only says "is Primary just
+# now", and is shown differently before and after an attach.
+uuids_of() { cut -d: -f1-4 <<<"$1"; }
+without_primary_mark() {
+    printf '%016X:%s\n' $((0x$(cut -d: -f1 <<<"$1") & ~1)) "$(cut -d: -f2-4 <<<"$1")"
+}
+
 # kernel_pair DISK_A DISK_B: resources r1 and r2, minors 1 and 2, connected and clean.
 kernel_pair() {
     kernel_create_md 1 "$1"

@@ -32,6 +32,7 @@ on() {
     "role $RES") kernel_field "$minor" ro ;;
     "dstate $RES") kernel_field "$minor" ds ;;
     "cstate $RES") kernel_field "$minor" cs ;;
+    "disconnect $RES") kernel_disconnect "$minor" ;;
     status*) kernel_state "$minor" ;;
     *) fail "kernel_nodes.sh does not know '${*:2}'" ;;
     esac
@@ -40,15 +41,21 @@ on() {
 # Ports of the replication link, own and peer's, by minor.
 kernel_ports() { if (($1 == 1)); then echo 7789 7790; else echo 7790 7789; fi; }
 
+kernel_disconnect() {
+    local own peer
+    read -r own peer < <(kernel_ports "$1")
+    within 60 drbdsetup disconnect "ipv4:127.0.0.1:$own" "ipv4:127.0.0.1:$peer" --force
+}
+
 # A kernel cannot be killed alone, so the node loses its disk and then its peer: its users see
 # IO errors, and its metadata stays as a crash would leave it. The peer listens again only when
 # the node returns, or the diskless Primary would find it.
 crash_node() {
-    local minor=${1#nodo} own peer
+    local minor=${1#nodo}
     within 60 drbdsetup detach "$minor" --force
-    read -r own peer < <(kernel_ports $((3 - minor)))
-    within 60 drbdsetup disconnect "ipv4:127.0.0.1:$own" "ipv4:127.0.0.1:$peer" --force
+    [[ -z $(kernel_state $((3 - minor))) ]] || kernel_disconnect $((3 - minor))
 }
+bury_node() { kernel_down "r${1#nodo}"; }
 
 return_node() {
     local minor=${1#nodo} own peer

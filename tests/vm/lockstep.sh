@@ -82,6 +82,9 @@ crash_node() {
     wait "$pid" || true
 }
 
+# Removes what a dead node left in the kernel, as its reboot would.
+bury_node() { wait_for "[[ ! -b $(node_device "$1") ]]" 30; }
+
 # Brings a crashed node back as the same machine would after a reboot.
 return_node() {
     start_node "$1"
@@ -105,6 +108,9 @@ in_sync() {
 
 # KiB that a node still owes its peer, or nothing when it does not say.
 node_out_of_sync_kib() { on "$1" status "$RES" --verbose --statistics | sed -n 's/.*out-of-sync:\([0-9]*\).*/\1/p' | head -1; }
+
+# The identifiers on a disk that no node uses: disk_gi DISK
+disk_gi() { within 60 "${NODES_DRBDMETA:-/run/vm/bin/drbdmeta}" - v08 "$1" internal get-gi; }
 
 # After `down` on both nodes nothing of theirs may be left in /dev.
 no_device_left() {

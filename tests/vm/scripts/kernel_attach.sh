@@ -33,11 +33,6 @@ shown() {
 ours() { within 60 "$LOCKSTEP_DRBDMETA" "$1" v08 "$2" internal "${@:3}" </dev/null; }
 debians() { within 60 drbdmeta "$1" v08 "$2" internal "${@:3}" </dev/null; }
 
-# The first four fields are UUIDs. Bit 0 of the current one only says "is Primary just now".
-uuids_of() { cut -d: -f1-4 <<<"$1"; }
-current_of() { printf '%016X' $((0x$(cut -d: -f1 <<<"$1") & ~1)); }
-without_primary_mark() { echo "$(current_of "$1"):$(cut -d: -f2-4 <<<"$1")"; }
-
 # dump-md of both programs without the comments, in which they name themselves and the time, and
 # without the flags: Debian's prints 0 there, whatever they are (mended in drbd-utils 9.33). The
 # flags are in get-gi.
