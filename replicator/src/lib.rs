@@ -5,4 +5,6 @@ pub mod core;
 #[cfg(feature = "runtime")]
 pub mod frontend;
 pub mod meta;
+#[cfg(feature = "runtime")]
+pub mod runtime;
 pub mod units;

@@ -1,2 +1,3 @@
-//! The operator: configuration, control socket, commands.
+//! The operator's side: configuration, verbs, metadata tools.
 pub mod config;
+pub mod drbdmeta;
