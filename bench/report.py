@@ -98,12 +98,21 @@ def noise(samples):
     return {"median": statistics.median(shares), "max": max(shares)}
 
 
-def judge(summary):
-    """The bar: job -> ratio, wanted, whether met. Empty when a side is missing."""
+def ratios(summary):
+    """job -> peer -> lockstep's median rate as a multiple of the peer's."""
+    found = {}
+    for job, peers in summary.items():
+        if "lockstep" in peers:
+            own = peers["lockstep"]["iops"]["median"]
+            found[job] = {name: own / it["iops"]["median"] for name, it in peers.items() if name != "lockstep"}
+    return found
+
+
+def judge(found):
+    """The bar from the ratios: job -> ratio, wanted, whether met. Empty when a side is missing."""
     verdict = {}
     for job, wanted in BAR.items():
-        peers = summary.get(job, {})
-        if "lockstep" in peers and "qemu" in peers:
-            ratio = peers["lockstep"]["iops"]["median"] / peers["qemu"]["iops"]["median"]
+        ratio = found.get(job, {}).get("qemu")
+        if ratio is not None:
             verdict[job] = {"ratio": ratio, "wanted": wanted, "met": ratio >= wanted}
     return verdict
