@@ -1,6 +1,6 @@
 //! Two resources in one process, over loopback TCP, with files as disks and an NBD client on a unix socket.
-#![expect(clippy::missing_panics_doc, reason = "a test")]
-use lockstep_replicator::core::config::{ResourceConfig, VolumeConfig};
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation, reason = "a test: what fails, panics")]
+use lockstep_replicator::core::config::{NetConfig, ResourceConfig, VolumeConfig};
 use lockstep_replicator::core::event::AdminCommand;
 use lockstep_replicator::core::state::{ConnState, DiskState};
 use lockstep_replicator::frontend::nbd::wire::cmd;
@@ -22,7 +22,7 @@ use tokio::net::UnixListener;
 
 const VOLUME: VolumeNr = VolumeNr(0);
 const DISK_BYTES: u64 = 32 << 20;
-const LIMIT: Duration = Duration::from_secs(30);
+const LIMIT: Duration = Duration::from_secs(10);
 
 /// One node and its disk.
 struct Node {
@@ -52,8 +52,7 @@ fn free_address() -> SocketAddr {
 
 fn config(id: u32) -> ResourceConfig {
     let name = |id| format!("node{id}");
-    let mut net = lockstep_replicator::core::config::NetConfig::default();
-    net.connect_int_ms = 1000;
+    let net = NetConfig { connect_int_ms: 1000, ..NetConfig::default() };
     ResourceConfig {
         name: "web".into(),
         node_id: id,
@@ -103,7 +102,11 @@ impl Node {
     }
 
     async fn down(self) {
-        self.handle.admin(AdminCommand::Down).await.unwrap();
+        let down = self.handle.admin(AdminCommand::Down);
+        let Ok(done) = tokio::time::timeout(LIMIT, down).await else {
+            panic!("node {} does not come down: {:#?}", self.id, self.handle.status().await);
+        };
+        done.unwrap();
         self.handle.stop().await;
     }
 
@@ -177,7 +180,10 @@ fn serve(handle: &ResourceHandle, socket: &Path) -> tokio::task::JoinHandle<()> 
 async fn primary(node: &Node) {
     node.handle.admin(AdminCommand::Primary { force: true }).await.unwrap();
     let mut exports = node.handle.exports();
-    tokio::time::timeout(LIMIT, exports.wait_for(|exports| exports.contains_key(&VOLUME))).await.unwrap().unwrap();
+    tokio::time::timeout(LIMIT, exports.wait_for(|exports| exports.contains_key(&VOLUME)))
+        .await
+        .unwrap()
+        .unwrap();
 }
 
 /// A client that knows just enough: newstyle with EXPORT_NAME, simple replies.
@@ -369,9 +375,13 @@ async fn clients_that_vanish_leave_nothing_behind() {
     .await
     .unwrap();
     left.handle.kick_clients(VOLUME);
-    left.wait_for("the clients to go", |_, _, _, _| true).await;
+    let wait = async {
+        while left.handle.status().await.unwrap().volumes[0].open_count > 0 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(LIMIT, wait).await.unwrap();
     server.abort();
-    tokio::time::sleep(Duration::from_millis(100)).await;
     left.down().await;
 }
 

@@ -22,7 +22,8 @@ use super::ring::{Completion, Memory, Ring};
 use super::story;
 use crate::core::Resource;
 use crate::core::event::{
-    AdminCommand, AdminId, BufferId, DiskIo, Event, Input, IoError, LostReason, Output, Refusal, RequestError, SessionId,
+    AdminCommand, AdminId, BufferId, DiskIo, Event, Input, IoError, LostReason, Output, Refusal,
+    RequestError, SessionId,
 };
 use crate::core::state::DiskState;
 use crate::frontend::nbd::{Extent, ExtentKind, Request as NbdRequest, allocation};
@@ -309,7 +310,14 @@ impl Driver {
 
     /// Block status from the backing file, on a helper thread: the filesystem may have to read for it. Only an UpToDate
     /// local disk says something about the volume; else everything counts as allocated.
-    fn look_up_extents(&mut self, client: usize, command: usize, request: NbdRequest, block_min: u32, one: bool) {
+    fn look_up_extents(
+        &mut self,
+        client: usize,
+        command: usize,
+        request: NbdRequest,
+        block_min: u32,
+        one: bool,
+    ) {
         let volume = self.clients[client].volume;
         let is_good = self.disk_states.get(&volume) == Some(&DiskState::UpToDate);
         let disk = self.disks.get(&volume).filter(|_| is_good);
@@ -341,7 +349,7 @@ impl Driver {
                     answer(reply, Err(refusal));
                     return;
                 }
-                self.disks.insert(volume, Rc::new(Disk::new(volume, backing)));
+                self.disks.insert(volume, Rc::new(Disk::new(volume, *backing)));
                 self.admin(AdminCommand::Attach { volume, attached }, reply, Some(volume));
             }
             Item::Status(reply) => {
@@ -463,7 +471,9 @@ impl Driver {
                 }
             }
             Output::Send { session, message, payload } => {
-                let Some(key) = self.session.filter(|&key| self.peers[key].session == session) else { return };
+                let Some(key) = self.session.filter(|&key| self.peers[key].session == session) else {
+                    return;
+                };
                 if let Err(error) = self.peers[key].send(&message, payload, &self.pool) {
                     tracing::error!(resource = self.name, %error, "the core made a message that cannot be sent");
                     self.peers[key].kill();
@@ -474,7 +484,9 @@ impl Driver {
             Output::Connect => self.outside.wish.send_modify(|wish| wish.connect = true),
             Output::StopConnecting => self.outside.wish.send_modify(|wish| wish.connect = false),
             Output::Disconnect { session, reason } => {
-                let Some(key) = self.session.filter(|&key| self.peers[key].session == session) else { return };
+                let Some(key) = self.session.filter(|&key| self.peers[key].session == session) else {
+                    return;
+                };
                 tracing::debug!(resource = self.name, session = session.0, reason, "disconnect");
                 self.session = None;
                 self.outside.wish.send_modify(|wish| wish.sessions_ended += 1);
@@ -518,7 +530,9 @@ impl Driver {
         let front = usize::try_from(key).ok().and_then(|key| self.fronts.try_remove(key));
         let Some(front) = front else { panic!("the core completed request {key}, which is not in flight") };
         match front.origin {
-            Origin::Nbd { client, command, piece } => self.clients[client].on_piece(command, piece, result, data),
+            Origin::Nbd { client, command, piece } => {
+                self.clients[client].on_piece(command, piece, result, data);
+            }
         }
     }
 
@@ -601,7 +615,8 @@ impl Driver {
     fn is_finished(&self) -> bool {
         let Some(deadline) = self.stop_deadline else { return false };
         // Only the inbox is left in the ring.
-        deadline <= self.now || (self.peers.is_empty() && self.clients.is_empty() && self.ring.in_flight() <= 1)
+        deadline <= self.now
+            || (self.peers.is_empty() && self.clients.is_empty() && self.ring.in_flight() <= 1)
     }
 }
 
