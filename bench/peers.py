@@ -219,10 +219,11 @@ class Lockstep(Peer):
     resource = "bench"
     nodes = ("alice", "bob")
 
-    def __init__(self, processes, folder, size, program, statements):
+    def __init__(self, processes, folder, size, program, statements, spin_us):
         super().__init__(processes, folder, size)
         self.program = program
         self.statements = statements
+        self.spin_us = spin_us
 
     def start(self):
         # The metadata stands behind the data: 1 MiB is its log and superblock, the rest more than the bitmap needs.
@@ -237,7 +238,7 @@ class Lockstep(Peer):
         config = self.path("bench.conf")
         with open(config, "w", encoding="utf-8") as file:
             file.write(f"resource {self.resource} {{\n    protocol C;\n    net {{ connect-int 1; }}\n")
-            file.write(f"    lockstep {{ front-end nbd; }}\n{extra}{hosts}}}\n")
+            file.write(f"    lockstep {{ front-end nbd; spin-us {self.spin_us}; }}\n{extra}{hosts}}}\n")
         for node in self.nodes:
             self.must("-c", config, "--node", node, "create-md", "--force", self.resource)
             command = [self.program, "daemon", "-c", config, "--node", node, "--run-dir", self.path(node), "--no-mlock"]
