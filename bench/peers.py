@@ -258,9 +258,9 @@ class Lockstep(Peer):
 
     def command(self, *arguments):
         """Runs the command to its end."""
-        return subprocess.run(
-            [self.program, *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False
-        )
+        command = [self.program, *arguments]
+        nothing = subprocess.DEVNULL
+        return subprocess.run(command, stdin=nothing, capture_output=True, text=True, timeout=60, check=False)
 
     def must(self, *arguments):
         """Runs the command, which has to succeed."""
@@ -297,3 +297,10 @@ class Lockstep(Peer):
         if not self.in_sync():
             raise BenchError("lockstep: no longer in sync after the last job")
         require_equal(self.name, *(self.path(f"{node}.disk") for node in self.nodes), self.size)
+
+
+class Baseline(Lockstep):
+    """Another build of lockstep, to see what a change does."""
+
+    name = "baseline"
+    about = "the lockstep given with --baseline"

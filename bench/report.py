@@ -24,6 +24,12 @@ def machine():
     return {"cores": os.cpu_count(), "cpu": model, "kernel": platform.release(), "architecture": platform.machine()}
 
 
+def scheduling():
+    """How this process, and so everything it starts, is scheduled."""
+    policies = {os.SCHED_OTHER: "ordinary", os.SCHED_BATCH: "batch", os.SCHED_FIFO: "FIFO", os.SCHED_RR: "round-robin"}
+    return policies.get(os.sched_getscheduler(0), "other")
+
+
 def commit(root):
     """What was measured, with a mark when the tree has changes."""
 
@@ -94,7 +100,8 @@ def table(summary, peers):
 
 def noise(samples):
     """The greatest and the median share of CPU time that others took."""
-    shares = [result["others_cpu_share"] for peers in samples.values() for results in peers.values() for result in results]
+    every = [result for peers in samples.values() for results in peers.values() for result in results]
+    shares = [result["others_cpu_share"] for result in every]
     return {"median": statistics.median(shares), "max": max(shares)}
 
 
