@@ -52,6 +52,7 @@ pub(super) enum DetachStep {
     Bitmap,
     AlInit,
     Superblock,
+    Close,
 }
 
 impl Resource {
@@ -133,7 +134,10 @@ impl Resource {
             device.uuids.current = masked(device.uuids.current);
         }
         device.crashed_primary = crashed;
+        // Not recorded: a bitmap identifier may come from the start of a resync.
+        device.peer_may_have_current = device.uuids.bitmap != 0;
         device.full_sync = false;
+        device.keeps_books = false;
         device.md_clean = false;
         device.md_disk = if found & flags::CONSISTENT == 0 {
             DiskState::Inconsistent
@@ -221,7 +225,9 @@ impl Resource {
                     *step = DetachStep::AlInit;
                     self.meta(volume, MetaWrite::AlInit, MetaContext::AlInit(volume));
                 }
-                DetachStep::Superblock => self.finish_detach(volume),
+                // Another procedure may have a write of its own on the way.
+                DetachStep::Superblock => *step = DetachStep::Close,
+                DetachStep::Close => {}
             },
             Some(DiskProcedure::Failing { .. }) | None => {}
         }
@@ -327,6 +333,7 @@ impl Resource {
             Some(DiskProcedure::Detach { reply, step: DetachStep::Drain, drain_through });
         self.abort_resync(volume);
         self.set_disk(volume, DiskState::Detaching);
+        self.leave_resync_states(volume);
     }
 
     /// Moves a detach or failure on when what it waits for has happened.
@@ -344,6 +351,7 @@ impl Resource {
                     self.write_bitmap(volume, BitmapThen::Disk);
                 }
             }
+            Some(DiskProcedure::Detach { step: DetachStep::Close, .. }) if idle => self.finish_detach(volume),
             Some(DiskProcedure::Failing { .. }) if idle => {
                 if let Some(DiskProcedure::Failing { reply }) = self.devices[volume].procedure.take() {
                     self.release_disk(volume);
@@ -357,6 +365,13 @@ impl Resource {
             )
             | None => {}
         }
+    }
+
+    pub(super) fn detach_is_draining(&self, volume: usize) -> bool {
+        matches!(
+            self.devices[volume].procedure,
+            Some(DiskProcedure::Detach { step: DetachStep::Drain, .. })
+        )
     }
 
     fn finish_detach(&mut self, volume: usize) {
@@ -375,6 +390,7 @@ impl Resource {
         device.capacity = SectorCount(0);
         device.crashed_primary = false;
         device.full_sync = false;
+        device.keeps_books = false;
         device.negotiating = false;
         if self.role != Role::Primary && self.conn < ConnState::Connected {
             device.size = SectorCount(0);
@@ -410,6 +426,12 @@ impl Resource {
                 );
                 if worse {
                     self.set_disk(volume, DiskState::Inconsistent);
+                    if self.handshake_running() {
+                        self.drop_session(
+                            ConnState::NetworkFailure,
+                            "the local disk failed during the handshake",
+                        );
+                    }
                 }
             }
             OnIoError::Detach | OnIoError::CallLocalIoError => self.fail_disk(volume, what, Some(error)),
@@ -441,6 +463,7 @@ impl Resource {
         }
         self.abort_resync(volume);
         self.set_disk(volume, DiskState::Failed);
+        self.leave_resync_states(volume);
         let device = &mut self.devices[volume];
         device.md_durable = device.md_generation;
         device.md_writing = None;
@@ -455,6 +478,7 @@ impl Resource {
             self.bitmap_then(volume, job.then);
         }
         self.open_gate_without_disk(volume);
+        self.drain_receive_queue();
         if self.role == Role::Primary && !self.devices[volume].peer_readable() {
             self.note(
                 Severity::Error,

@@ -44,6 +44,12 @@ impl UuidSet {
         self.current = fresh;
     }
 
+    /// A new generation whose bits are still relative to the same older one: current goes to the history.
+    pub const fn bump_keeping_base(&mut self, fresh: u64) {
+        self.push_history(self.current);
+        self.current = fresh;
+    }
+
     /// The peer has everything: the bitmap identifier moves to the history.
     pub const fn clear_bitmap(&mut self) {
         if self.bitmap != 0 {
@@ -127,6 +133,10 @@ pub enum Rule {
     LostSyncUuidSelf = 71,
     /// The peer's generation is in our history.
     HistorySelf = 80,
+    /// Self went on after a resync whose end it missed (ours).
+    WentOnAfterFinishSelf = 72,
+    /// Peer went on after a resync whose end it missed (ours).
+    WentOnAfterFinishPeer = 52,
     /// Both went on from the same generation.
     BitmapBoth = 90,
     /// A common generation in both histories, or none at all.
@@ -255,6 +265,9 @@ pub fn compare(me: &Side, peer: &Side) -> Comparison {
         Some(plain(target, Rule::BitmapPeer))
     } else if same(cs, hp[0]) && started(hp[0], bp) {
         Some(Comparison { peer_fix: Fix::UndoStart, ..plain(target, Rule::LostSyncUuidPeer) })
+    } else if bp != 0 && known(cs, hp) && same(hs[0], bp) {
+        // Our resync ended under a generation the peer has left since; its bits cover what it changed.
+        Some(plain(target, Rule::WentOnAfterFinishPeer))
     } else if known(cs, hp) {
         Some(plain(Verdict::Target { full: true }, Rule::HistoryPeer))
     } else {
@@ -264,6 +277,8 @@ pub fn compare(me: &Side, peer: &Side) -> Comparison {
         Some(plain(source, Rule::BitmapSelf))
     } else if same(cp, hs[0]) && started(hs[0], bs) {
         Some(Comparison { fix: Fix::UndoStart, ..plain(source, Rule::LostSyncUuidSelf) })
+    } else if bs != 0 && known(cp, hs) && same(hp[0], bs) {
+        Some(plain(source, Rule::WentOnAfterFinishSelf))
     } else if known(cp, hs) {
         Some(plain(Verdict::Source { full: true }, Rule::HistorySelf))
     } else {
@@ -279,7 +294,11 @@ pub fn compare(me: &Side, peer: &Side) -> Comparison {
         return plain(Verdict::SplitBrain, Rule::BitmapBoth);
     }
     // DRBD 8.4 lets two empty history slots match here; an empty slot proves nothing, so it does not for us.
-    if hs.iter().any(|own| masked(*own) != 0 && hp.iter().any(|other| same(*own, *other))) {
+    let mine = [bs, hs[0], hs[1]];
+    let theirs = [bp, hp[0], hp[1]];
+    if mine.iter().any(|own| {
+        masked(*own) != 0 && !just_created(*own) && theirs.iter().any(|other| same(*own, *other))
+    }) {
         return plain(Verdict::SplitBrainHistory, Rule::HistoryBoth);
     }
     plain(Verdict::Unrelated, Rule::HistoryBoth)
