@@ -138,6 +138,9 @@ impl Resource {
         device.peer_may_have_current = device.uuids.bitmap != 0;
         device.full_sync = false;
         device.keeps_books = false;
+        // What an earlier life of this node wrote may still be in the disk's cache: the first bitmap
+        // write flushes it, before anything is concluded from it.
+        device.writes_done += 1;
         device.md_clean = false;
         device.md_disk = if found & flags::CONSISTENT == 0 {
             DiskState::Inconsistent
@@ -254,7 +257,6 @@ impl Resource {
         let held = u32::try_from(CONTEXT_SLOTS).unwrap_or(0).saturating_mul(ring.saturating_sub(1));
         let slots = device.cfg.al_extents.min(held).clamp(MIN_SLOTS, MAX_SLOTS);
         device.al = Some(ActivityLog::new(slots, device.size.0.div_ceil(SECTORS_PER_AL_EXTENT)));
-        device.writes_flushed = device.writes_done;
         // Without fencing, Consistent counts as UpToDate at once (SEM §5).
         let by_flags =
             if device.md_disk == DiskState::Consistent { DiskState::UpToDate } else { device.md_disk };

@@ -378,6 +378,13 @@ impl Resource {
             self.event(Event::PeerRole(old, new));
             for volume in 0..self.devices.len() {
                 self.close_books(volume);
+                // Its writes wait until PRIMARY_IND is durable here: without it our log would not count.
+                if self.serves_diskless_primary(volume)
+                    && self.devices[volume].has_metadata()
+                    && self.devices[volume].procedure.is_none()
+                {
+                    self.md_touch(volume);
+                }
             }
         }
     }

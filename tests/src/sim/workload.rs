@@ -52,7 +52,7 @@ fn options(seed: u64, verbose: bool) -> (Options, World) {
         2 => 16 * 8192,
         _ => 4 * 8192,
     };
-    if rng.percent(15) {
+    if rng.percent(15) && sectors < 20 * 8192 {
         world.options.volume.resync_rate_kib_s = Some(2000 + rng.below(20_000));
     }
     let mut options = world.options.clone();
