@@ -236,7 +236,6 @@ impl Resource {
         if resync.source {
             let random = self.random_uuid();
             self.devices[volume].uuids.start_as_source(random);
-            self.devices[volume].peer_may_have_current = true;
             self.md_touch(volume);
             self.md_then(volume, SuperblockThen::SourceStart);
         } else {
@@ -260,6 +259,7 @@ impl Resource {
         if self.devices[volume].repl != ReplState::WFBitMapS {
             return;
         }
+        self.devices[volume].peer_may_have_current = true;
         let uuids = self.devices[volume].uuids;
         let header = v1::SyncUuid {
             volume: u32::from(self.devices[volume].nr.0),

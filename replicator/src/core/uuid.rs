@@ -265,8 +265,9 @@ pub fn compare(me: &Side, peer: &Side) -> Comparison {
         Some(plain(target, Rule::BitmapPeer))
     } else if same(cs, hp[0]) && started(hp[0], bp) {
         Some(Comparison { peer_fix: Fix::UndoStart, ..plain(target, Rule::LostSyncUuidPeer) })
-    } else if bp != 0 && known(cs, hp) && same(hs[0], bp) {
-        // Our resync ended under a generation the peer has left since; its bits cover what it changed.
+    } else if bp != 0 && known(cs, hp) && (same(hs[0], bp) || (same(cs, hp[1]) && started(hp[1], bp))) {
+        // Our resync ended under a generation the peer has left since, or never began here: either way
+        // the peer's bits cover all that differs.
         Some(plain(target, Rule::WentOnAfterFinishPeer))
     } else if known(cs, hp) {
         Some(plain(Verdict::Target { full: true }, Rule::HistoryPeer))
@@ -277,7 +278,7 @@ pub fn compare(me: &Side, peer: &Side) -> Comparison {
         Some(plain(source, Rule::BitmapSelf))
     } else if same(cp, hs[0]) && started(hs[0], bs) {
         Some(Comparison { fix: Fix::UndoStart, ..plain(source, Rule::LostSyncUuidSelf) })
-    } else if bs != 0 && known(cp, hs) && same(hp[0], bs) {
+    } else if bs != 0 && known(cp, hs) && (same(hp[0], bs) || (same(cp, hs[1]) && started(hs[1], bs))) {
         Some(plain(source, Rule::WentOnAfterFinishSelf))
     } else if known(cp, hs) {
         Some(plain(Verdict::Source { full: true }, Rule::HistorySelf))

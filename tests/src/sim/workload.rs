@@ -161,6 +161,7 @@ impl Run {
             if self.must_split {
                 self.world.fail("a split brain was resolved without anybody deciding".into());
             }
+            self.world.ahead = [false; 2];
             self.settled = true;
             self.may_split = false;
             self.full_allowed = false;

@@ -338,6 +338,10 @@ impl World {
                 if ok && !self.mirrors(node) {
                     self.ahead[node] = true;
                 }
+                // Without a disk of its own it is the other's copy that goes on.
+                if ok && self.state(node).is_some_and(|state| state.1 < DiskState::Inconsistent) {
+                    self.ahead[1 - node] = true;
+                }
             }
             Some(Asked::Flush { issued }) if ok => self.history.flushed(issued),
             Some(Asked::Read { .. } | Asked::Flush { .. }) | None => {}
