@@ -383,8 +383,16 @@ impl Resource {
     }
 
     fn release_disk(&mut self, volume: usize) {
+        // What the application goes on with: the peer's generation, which may have changed since our
+        // disk left; only that data may be attached again (SEM §9).
+        let nr = u32::from(self.devices[volume].nr.0);
+        let at_peer = self
+            .session
+            .as_ref()
+            .filter(|_| self.devices[volume].peer_readable())
+            .and_then(|session| session.handshake.peer_generation(nr));
         let device = &mut self.devices[volume];
-        device.exposed_uuid = device.uuids.current;
+        device.exposed_uuid = at_peer.unwrap_or(device.uuids.current);
         device.found = None;
         device.md_clean = false;
         device.md_disk = DiskState::Diskless;

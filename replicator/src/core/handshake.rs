@@ -38,6 +38,11 @@ pub(super) struct Handshake {
 }
 
 impl Handshake {
+    /// The generation the peer told of last.
+    pub(super) fn peer_generation(&self, volume: u32) -> Option<u64> {
+        self.received.iter().find(|info| info.volume == volume).map(|info| info.uuid_current)
+    }
+
     pub(super) const fn is_done(&self) -> bool {
         self.done
     }

@@ -386,7 +386,12 @@ impl Resource {
                 }
                 return;
             }
-            let good = request.local == Leg::Ok || matches!(request.peer, Leg::Ok | Leg::Sent);
+            let device = &self.devices[volume];
+            // A copy that is not good vouches for nothing, least of all alone (S26).
+            let good_local = device.md_disk == DiskState::UpToDate
+                && matches!(device.disk, DiskState::UpToDate | DiskState::Detaching);
+            let good = (request.local == Leg::Ok && good_local)
+                || matches!(request.peer, Leg::Ok | Leg::Sent);
             self.complete_request(key, if good { Ok(()) } else { Err(RequestError::Io) });
         }
         self.forget_if_done(key);
