@@ -625,6 +625,10 @@ fn obstacle_text(obstacle: Obstacle, name: &str) -> (String, String) {
         Obstacle::SourceNotUsable => {
             ("I shall become SyncSource, but my disk is not usable".into(), format!("drbdadm status {name} on both nodes"))
         }
+        Obstacle::NotTheDataLostLast => (
+            "Can only connect to the data the diskless Primary lost last: this copy misses writes that were acknowledged".into(),
+            format!("attach the disk of the Primary again, or drbdadm secondary {name} there and accept this copy"),
+        ),
         Obstacle::TargetIsPrimary => (
             "I shall become SyncTarget, but I am primary!".into(),
             format!("drbdadm secondary {name} on the node with the older data"),

@@ -343,6 +343,8 @@ pub enum Obstacle {
     SourceNotUsable,
     /// The target is Primary with good data.
     TargetIsPrimary,
+    /// A diskless Primary meets other data than its application was shown.
+    NotTheDataLostLast,
 }
 
 /// What the handshake of one volume leads to.
@@ -369,6 +371,9 @@ pub enum Outcome {
 pub fn decide(me: &Side, peer: &Side) -> (Comparison, Outcome) {
     let has_disk = |side: &Side| side.disk >= DiskState::Negotiating && side.disk != DiskState::DUnknown;
     if !has_disk(me) || !has_disk(peer) {
+        if lost_track(me, peer) || lost_track(peer, me) {
+            return (plain(Verdict::NoSync, Rule::Diskless), Outcome::Refuse(Obstacle::NotTheDataLostLast));
+        }
         return (plain(Verdict::NoSync, Rule::Diskless), Outcome::NoSync);
     }
     let comparison = compare(me, peer);
@@ -401,6 +406,19 @@ pub fn decide(me: &Side, peer: &Side) -> (Comparison, Outcome) {
         Verdict::Unrelated => Outcome::Refuse(Obstacle::Unrelated),
     };
     (comparison, outcome)
+}
+
+/// A diskless Primary may only go on with the generation its application was shown, or one that
+/// follows it: anything else would take acknowledged writes back under a running application.
+fn lost_track(diskless: &Side, other: &Side) -> bool {
+    let shown = masked(diskless.uuids.current);
+    let UuidSet { current, bitmap, history } = other.uuids;
+    diskless.disk < DiskState::Negotiating
+        && diskless.role == Role::Primary
+        && shown != 0
+        && other.disk >= DiskState::Outdated
+        && other.disk != DiskState::DUnknown
+        && ![current, bitmap, history[0], history[1]].iter().any(|uuid| masked(*uuid) == shown)
 }
 
 fn check_roles(source: &Side, target: &Side) -> Option<Obstacle> {

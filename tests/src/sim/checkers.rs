@@ -31,6 +31,8 @@ pub struct History {
     sectors: Vec<Vec<u32>>,
     unsettled: Vec<u32>,
     dead: Vec<u32>,
+    /// Flushed writes stay for good: what they replaced can be forgotten (protocol C).
+    pub forget: bool,
 }
 
 impl History {
@@ -39,7 +41,7 @@ impl History {
     pub fn new(sectors: u64) -> Self {
         let zero = Record { value: 0, issued: 0, end: 0, replaces: 0, stable: true, acked: true };
         let sectors = usize::try_from(sectors).unwrap_or(0);
-        Self { records: vec![zero], sectors: vec![Vec::new(); sectors], unsettled: Vec::new(), dead: Vec::new() }
+        Self { records: vec![zero], sectors: vec![Vec::new(); sectors], unsettled: Vec::new(), dead: Vec::new(), forget: true }
     }
 
     /// A write is issued; its number.
@@ -57,7 +59,7 @@ impl History {
         self.unsettled.push(number);
         for sector in range.start().0..range.end().0 {
             if let Some(list) = self.sectors.get_mut(usize::try_from(sector).unwrap_or(usize::MAX)) {
-                if list.len() > 8 {
+                if list.len() > 8 && self.forget {
                     let records = &self.records;
                     let newest = list
                         .iter()

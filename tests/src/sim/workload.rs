@@ -150,6 +150,9 @@ impl Run {
         while self.seen_log < self.world.log.len() {
             let (_, node, event) = self.world.log[self.seen_log].clone();
             self.seen_log += 1;
+            if let Event::Role(_, Role::Primary) = &event {
+                self.reign(node);
+            }
             if let Event::Handshake(text) = &event
                 && text.contains("full: true")
                 && !self.full_allowed
@@ -284,7 +287,7 @@ impl Run {
             return;
         }
         self.world.admin(node, "down", AdminCommand::Down);
-        self.world.run(400);
+        self.pump(400, |_| false);
         if self.world.nodes[node].verbs.values().any(|verb| *verb == "down") {
             // It waits for a peer that does not answer; the operator loses patience.
             self.crash(node, false);
@@ -327,8 +330,7 @@ impl Run {
         }
         let id = self.world.admin(node, "secondary", AdminCommand::Secondary);
         self.writer = None;
-        self.world.run_until(300, |world| world.nodes[node].answers.contains_key(&id) || world.nodes[node].core.is_none());
-        self.watch();
+        self.pump(300, |world| world.nodes[node].answers.contains_key(&id) || world.nodes[node].core.is_none());
         let demoted = matches!(self.world.nodes[node].answers.get(&id), Some(Ok(())));
         if demoted && self.world.in_sync() {
             self.promote(1 - node);
@@ -352,17 +354,27 @@ impl Run {
     }
 
     fn promote(&mut self, node: usize) {
-        let other = 1 - node;
         let id = self.world.admin(node, "primary", AdminCommand::Primary { force: false });
         if id == 0 {
             return;
         }
-        self.world.run_until(200, |world| {
+        self.pump(200, |world| {
             world.nodes[node].answers.contains_key(&id) || world.nodes[node].core.is_none()
         });
-        if !matches!(self.world.nodes[node].answers.get(&id), Some(Ok(()))) {
-            return;
+    }
+
+    /// Runs for `ms` or until `done`, watching.
+    fn pump(&mut self, ms: u64, done: impl Fn(&World) -> bool) {
+        let end = self.world.now + ms * MS;
+        while self.world.broken.is_none() && !done(&self.world) && self.world.step(end) {
+            self.watch();
         }
+        self.watch();
+    }
+
+    /// A node became Primary: may both have gone on from the same data?
+    fn reign(&mut self, node: usize) {
+        let other = 1 - node;
         self.writer = Some(node);
         let connected = self.world.state(node).is_some_and(|state| state.2 == ConnState::Connected);
         if connected {
@@ -403,8 +415,7 @@ impl Run {
                     self.connect(node);
                 }
             }
-            self.world.run(500);
-            self.watch();
+            self.pump(500, |_| false);
             if self.world.in_sync() && self.world.idle() {
                 break;
             }

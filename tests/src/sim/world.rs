@@ -129,7 +129,7 @@ impl World {
             now: 0,
             rng: Rng::new(options.seed),
             nodes: [Node::new(0, sectors), Node::new(1, sectors)],
-            history: History::new(sectors),
+            history: History { forget: options.net.protocol == Protocol::C, ..History::new(sectors) },
             ids: Ids::default(),
             heap: BinaryHeap::new(),
             events: BTreeMap::new(),
@@ -666,7 +666,7 @@ impl World {
             Output::Release(id) => self.nodes[node].release(id),
             Output::Event(event) => {
                 self.trace(|| format!("n{node} event {event:?}"));
-                if matches!(event, Event::Handshake(_) | Event::ResyncDone { .. } | Event::Note(..)) {
+                if matches!(event, Event::Role(..) | Event::Handshake(_) | Event::ResyncDone { .. } | Event::Note(..)) {
                     self.log.push((self.now, node, event));
                 }
             }
