@@ -1,6 +1,6 @@
 //! The wire format between two lockstep nodes.
 //!
-//! A [frame](frame) is a fixed head, a prost header and a raw payload. This crate turns bytes into
+//! A [frame] is a fixed head, a prost header and a raw payload. This crate turns bytes into
 //! [`Message`] values that cannot be malformed and back; it knows nothing of sockets or disks.
 #![forbid(unsafe_code)]
 

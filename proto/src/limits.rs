@@ -13,6 +13,8 @@ pub const MAX_PAYLOAD_BYTES: usize = 1 << 20;
 pub const MAX_TRIM_SECTORS: u64 = 32 * 8192;
 /// Largest range of one data request, sectors.
 pub const MAX_REQUEST_SECTORS: u64 = (MAX_PAYLOAD_BYTES as u64) / 512;
+/// No range on the wire ends behind this sector: byte offsets in files are signed 64-bit numbers.
+pub const MAX_END_SECTOR: u64 = (i64::MAX as u64) / 512;
 /// Bitmap words in one `Bitmap` frame.
 pub const MAX_BITMAP_WORDS: usize = 64 * 1024 / 8;
 
@@ -23,5 +25,6 @@ pub const FEATURE_DISCARD: u64 = 1 << 1;
 /// All features this code offers.
 pub const FEATURES: u64 = FEATURE_WRITE_ZEROES | FEATURE_DISCARD;
 
+const _: () = assert!(MAX_REQUEST_SECTORS <= MAX_TRIM_SECTORS);
 const _: () = assert!(MAX_BITMAP_WORDS * 8 <= MAX_PAYLOAD_BYTES);
 const _: () = assert!(PROTOCOL_VERSION_MIN <= PROTOCOL_VERSION_MAX);

@@ -370,10 +370,7 @@ impl Resource {
     }
 
     pub(super) fn detach_is_draining(&self, volume: usize) -> bool {
-        matches!(
-            self.devices[volume].procedure,
-            Some(DiskProcedure::Detach { step: DetachStep::Drain, .. })
-        )
+        matches!(self.devices[volume].procedure, Some(DiskProcedure::Detach { step: DetachStep::Drain, .. }))
     }
 
     fn finish_detach(&mut self, volume: usize) {

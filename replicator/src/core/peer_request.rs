@@ -150,7 +150,8 @@ impl Resource {
             // Sent before its Primary knew that its disk takes part again: written here only, and our
             // bits have left already (I1).
             device.mark(range);
-            let note = v1::OutOfSync { volume: write.volume, sector: range.start().0, nr_sectors: range.len().0 };
+            let note =
+                v1::OutOfSync { volume: write.volume, sector: range.start().0, nr_sectors: range.len().0 };
             self.send(Message::OutOfSync(note), Payload::None);
         }
         let key = self.peer_requests.insert(PeerRequest {
@@ -182,7 +183,9 @@ impl Resource {
     fn receive_held(&self) -> bool {
         self.rx.hold
             || (0..self.devices.len()).any(|volume| {
-                self.devices[volume].writable() && self.serves_diskless_primary(volume) && self.md_busy(volume)
+                self.devices[volume].writable()
+                    && self.serves_diskless_primary(volume)
+                    && self.md_busy(volume)
             })
     }
 

@@ -368,8 +368,7 @@ impl Resource {
                 // "Sent" proves nothing. Without a good local copy wait for the barrier ack: the next read
                 // goes to the peer.
                 Leg::Sent => {
-                    request.local == Leg::Ok
-                        && self.devices[request.volume].disk == DiskState::UpToDate
+                    request.local == Leg::Ok && self.devices[request.volume].disk == DiskState::UpToDate
                 }
                 Leg::None | Leg::Ok | Leg::Failed => true,
             };
@@ -390,8 +389,8 @@ impl Resource {
             // A copy that is not good vouches for nothing, least of all alone (S26).
             let good_local = device.md_disk == DiskState::UpToDate
                 && matches!(device.disk, DiskState::UpToDate | DiskState::Detaching);
-            let good = (request.local == Leg::Ok && good_local)
-                || matches!(request.peer, Leg::Ok | Leg::Sent);
+            let good =
+                (request.local == Leg::Ok && good_local) || matches!(request.peer, Leg::Ok | Leg::Sent);
             self.complete_request(key, if good { Ok(()) } else { Err(RequestError::Io) });
         }
         self.forget_if_done(key);

@@ -570,8 +570,14 @@ impl Resource {
                 resync.budget_sectors = resync.budget_sectors.saturating_sub(range.len().0);
             }
             self.next_seq = self.next_seq.wrapping_add(1);
-            let write =
-                RsWrite { session, range, seq: self.next_seq, buffer: None, step: RsWriteStep::Requested, stale: false };
+            let write = RsWrite {
+                session,
+                range,
+                seq: self.next_seq,
+                buffer: None,
+                step: RsWriteStep::Requested,
+                stale: false,
+            };
             let key = device.rs_writes.insert(write);
             let header = v1::BlockRequest {
                 volume: u32::from(device.nr.0),

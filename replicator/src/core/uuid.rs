@@ -297,9 +297,10 @@ pub fn compare(me: &Side, peer: &Side) -> Comparison {
     // DRBD 8.4 lets two empty history slots match here; an empty slot proves nothing, so it does not for us.
     let mine = [bs, hs[0], hs[1]];
     let theirs = [bp, hp[0], hp[1]];
-    if mine.iter().any(|own| {
-        masked(*own) != 0 && !just_created(*own) && theirs.iter().any(|other| same(*own, *other))
-    }) {
+    if mine
+        .iter()
+        .any(|own| masked(*own) != 0 && !just_created(*own) && theirs.iter().any(|other| same(*own, *other)))
+    {
         return plain(Verdict::SplitBrainHistory, Rule::HistoryBoth);
     }
     plain(Verdict::Unrelated, Rule::HistoryBoth)

@@ -100,7 +100,10 @@ impl Resource {
         match reply {
             Reply::Admin(id) => self.out.push_back(Output::AdminReply { id, result }),
             Reply::Internal => {
-                if let (Err(refused), Some(down)) = (result, self.down.take()) {
+                // Only a refusal ends the verb; after a success its next step follows.
+                if let Err(refused) = result
+                    && let Some(down) = self.down.take()
+                {
                     self.out.push_back(Output::AdminReply { id: down.reply, result: Err(refused) });
                 }
             }
@@ -290,6 +293,8 @@ impl Resource {
         }
         for volume in 0..self.devices.len() {
             self.on_detach(Reply::Internal, volume, false);
+            // With nothing in flight no further input comes that would move it.
+            self.progress_disk(volume);
         }
         self.progress_down();
     }

@@ -1,7 +1,48 @@
 //! The metadata area: DRBD 8.4's "v08" layout, bit for bit (DISK). Bytes in, state out; no IO.
 //!
 //! No decoder panics: damage is an error, and an error means more resync or a refusal, never less.
+#![forbid(unsafe_code)]
+#![warn(clippy::wildcard_enum_match_arm)]
 use crate::units::SectorCount;
+
+pub mod al_ring;
+pub mod bitmap_area;
+pub mod dump;
+pub mod error;
+pub mod layout;
+pub mod restore;
+pub mod signature;
+pub mod superblock;
+
+pub use error::MetaError;
+pub use layout::{Layout, MetaKind};
+
+/// Bytes of every unit of metadata IO: the superblock, an activity-log block, a bitmap page.
+pub const BLOCK_BYTES: usize = 4096;
+/// One unit of metadata IO.
+pub type Block = [u8; BLOCK_BYTES];
+
+/// The big-endian integer at `at`; positions are constants of the format, so a miss is our bug and reads 0.
+fn be32(bytes: &[u8], at: usize) -> u32 {
+    bytes.get(at..).and_then(<[u8]>::first_chunk).map_or(0, |raw| u32::from_be_bytes(*raw))
+}
+
+/// See [`be32`].
+fn be16(bytes: &[u8], at: usize) -> u16 {
+    bytes.get(at..).and_then(<[u8]>::first_chunk).map_or(0, |raw| u16::from_be_bytes(*raw))
+}
+
+/// See [`be32`].
+fn be64(bytes: &[u8], at: usize) -> u64 {
+    bytes.get(at..).and_then(<[u8]>::first_chunk).map_or(0, |raw| u64::from_be_bytes(*raw))
+}
+
+/// Stores `value` at `at`; positions are constants of the format.
+fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
+    if let Some(place) = bytes.get_mut(at..).and_then(|rest| rest.get_mut(..value.len())) {
+        place.copy_from_slice(value);
+    }
+}
 
 /// DRBD 8.4 superblock flags (DISK §5.1).
 pub mod flags {

@@ -32,16 +32,22 @@ pub struct History {
     unsettled: Vec<u32>,
     dead: Vec<u32>,
     /// Flushed writes stay for good: what they replaced can be forgotten (protocol C).
-    pub forget: bool,
+    forget: bool,
 }
 
 impl History {
     /// Of zeroed disks.
     #[must_use]
-    pub fn new(sectors: u64) -> Self {
+    pub fn new(sectors: u64, forget: bool) -> Self {
         let zero = Record { value: 0, issued: 0, end: 0, replaces: 0, stable: true, acked: true };
         let sectors = usize::try_from(sectors).unwrap_or(0);
-        Self { records: vec![zero], sectors: vec![Vec::new(); sectors], unsettled: Vec::new(), dead: Vec::new(), forget: true }
+        Self {
+            records: vec![zero],
+            sectors: vec![Vec::new(); sectors],
+            unsettled: Vec::new(),
+            dead: Vec::new(),
+            forget,
+        }
     }
 
     /// A write is issued; its number.
@@ -149,7 +155,10 @@ impl History {
                     .iter()
                     .map(|at| {
                         let r = &self.records[*at as usize];
-                        format!("#{at} value {} issued {} end {} replaces {}", r.value, r.issued, r.end, r.replaces)
+                        format!(
+                            "#{at} value {} issued {} end {} replaces {}",
+                            r.value, r.issued, r.end, r.replaces
+                        )
                     })
                     .collect();
                 format!("sector {} holds {value} at {asked}, not allowed by {writes:#?}", first + at)

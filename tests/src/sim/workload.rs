@@ -330,7 +330,9 @@ impl Run {
         }
         let id = self.world.admin(node, "secondary", AdminCommand::Secondary);
         self.writer = None;
-        self.pump(300, |world| world.nodes[node].answers.contains_key(&id) || world.nodes[node].core.is_none());
+        self.pump(300, |world| {
+            world.nodes[node].answers.contains_key(&id) || world.nodes[node].core.is_none()
+        });
         let demoted = matches!(self.world.nodes[node].answers.get(&id), Some(Ok(())));
         if demoted && self.world.in_sync() {
             self.promote(1 - node);
@@ -435,9 +437,9 @@ impl Run {
             })
         });
         let refused = (0..2).all(|node| {
-            self.world.state(node).is_some_and(|(_, _, conn, repl)| {
-                conn < ConnState::Connected && repl == ReplState::Off
-            })
+            self.world
+                .state(node)
+                .is_some_and(|(_, _, conn, repl)| conn < ConnState::Connected && repl == ReplState::Off)
         });
         let both_primary = (0..2).all(|node| self.world.state(node).is_some_and(|s| s.0 == Role::Primary));
         if self.may_split && refused && (told || both_primary) {

@@ -116,7 +116,10 @@ pub struct World {
 
 impl std::fmt::Debug for World {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("World").field("seed", &self.options.seed).field("now", &self.now).finish_non_exhaustive()
+        f.debug_struct("World")
+            .field("seed", &self.options.seed)
+            .field("now", &self.now)
+            .finish_non_exhaustive()
     }
 }
 
@@ -129,7 +132,7 @@ impl World {
             now: 0,
             rng: Rng::new(options.seed),
             nodes: [Node::new(0, sectors), Node::new(1, sectors)],
-            history: History { forget: options.net.protocol == Protocol::C, ..History::new(sectors) },
+            history: History::new(sectors, options.net.protocol == Protocol::C),
             ids: Ids::default(),
             heap: BinaryHeap::new(),
             events: BTreeMap::new(),
@@ -316,7 +319,11 @@ impl World {
             return self.fail(format!("n{node}: request {} answered twice or never asked", id.0));
         };
         self.trace(|| format!("n{node} request {} done: {ok}", id.0));
-        if ok { self.good_requests += 1 } else { self.failed_requests += 1 }
+        if ok {
+            self.good_requests += 1
+        } else {
+            self.failed_requests += 1
+        }
         match self.asked.remove(&id.0) {
             Some(Asked::Read { range, buffer, issued }) if ok => {
                 let from = data.unwrap_or(buffer);
@@ -402,9 +409,9 @@ impl World {
     #[must_use]
     pub fn idle(&self) -> bool {
         self.nodes.iter().all(|node| {
-            node.core.as_ref().is_none_or(|core| {
-                core.is_idle() && node.requests.is_empty() && node.verbs.is_empty()
-            })
+            node.core
+                .as_ref()
+                .is_none_or(|core| core.is_idle() && node.requests.is_empty() && node.verbs.is_empty())
         })
     }
 
@@ -413,7 +420,9 @@ impl World {
         if !self.in_sync() || !self.idle() {
             return;
         }
-        if let Some((sector, a, b)) = first_difference(self.nodes[0].disk.sectors(), self.nodes[1].disk.sectors()) {
+        if let Some((sector, a, b)) =
+            first_difference(self.nodes[0].disk.sectors(), self.nodes[1].disk.sectors())
+        {
             self.fail(format!("both in sync, but sector {sector} is {a} on n0 and {b} on n1"));
         }
         for node in 0..2 {
@@ -564,7 +573,10 @@ impl World {
     }
 
     fn deliver(&mut self, session: SessionId, to: usize, message: Message, payload: Wire) {
-        if self.dead.contains(&session) || self.nodes[to].core.is_none() || self.nodes[to].session != Some(session) {
+        if self.dead.contains(&session)
+            || self.nodes[to].core.is_none()
+            || self.nodes[to].session != Some(session)
+        {
             return;
         }
         if self.drop_filter.is_some_and(|filter| filter(&message)) {
@@ -666,7 +678,10 @@ impl World {
             Output::Release(id) => self.nodes[node].release(id),
             Output::Event(event) => {
                 self.trace(|| format!("n{node} event {event:?}"));
-                if matches!(event, Event::Role(..) | Event::Handshake(_) | Event::ResyncDone { .. } | Event::Note(..)) {
+                if matches!(
+                    event,
+                    Event::Role(..) | Event::Handshake(_) | Event::ResyncDone { .. } | Event::Note(..)
+                ) {
                     self.log.push((self.now, node, event));
                 }
             }

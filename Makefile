@@ -1,0 +1,44 @@
+# Each target brings what it needs (Debian, Ubuntu: .ci/packages); only Rust must be there already.
+export LOCKSTEP_TEST_COUNTS
+FUZZ_SECONDS ?= 30
+# Arguments of `make demo`, for example: make demo DEMO_ARGS=--keep
+DEMO_ARGS ?=
+
+.PHONY: all build test demo lint fuzz vm-test bench
+all: build
+
+# The programs: target/release/lockstep, which is lockstepd, drbdadm, drbdsetup and drbdmeta by other names.
+build:
+	@.ci/install build!
+	cargo build --release
+
+# Every test. One that cannot run here says "skipped: why".
+test:
+	@.ci/install build! ublk disk drbd nbd fio qemu net vm
+	@.ci/test
+
+# Two nodes on this machine: a disk mirrored, a node killed, the other taking over, the first coming back.
+demo:
+	@.ci/install build! disk nbd fio qemu
+	cargo build --release -p lockstep-replicator --bin lockstep --example demo
+	target/release/examples/demo $(DEMO_ARGS)
+
+# fmt, clippy, wasm32 build of the core, docs, licences.
+lint:
+	@.ci/install build! ublk
+	@.ci/lint
+
+# Every fuzz target for FUZZ_SECONDS.
+fuzz:
+	@.ci/install build!
+	@.ci/fuzz $(FUZZ_SECONDS)
+
+# The walk-through on a real ublk device, in a virtual machine.
+vm-test:
+	@.ci/install build! ublk disk drbd vm! vmtools!
+	tests/vm/run
+
+# Throughput against QEMU's own mirror.
+bench:
+	@.ci/install build! fio! qemu! nbd
+	bench/run

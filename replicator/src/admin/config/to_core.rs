@@ -1,0 +1,164 @@
+//! The model to what the core works with: one node's view of one resource.
+use super::model::{Connection, Host, Resource};
+use super::options::{Kind, OptionSet, OptionSpec};
+use super::resolve::is_number;
+use super::table as t;
+use crate::core::config::{NetConfig, OnIoError, Protocol, ResourceConfig, VolumeConfig, WriteOrdering};
+use crate::units::{SectorCount, VolumeNr};
+
+/// Why a resource cannot run on a node.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConfigError {
+    /// No section for this node.
+    #[error("'{resource}' not defined in your config (for this host).")]
+    NotOnThisHost {
+        /// Resource.
+        resource: String,
+    },
+    /// This version replicates between two nodes.
+    #[error("resource '{resource}' has {peers} peers on this host, one is supported")]
+    PeerCount {
+        /// Resource.
+        resource: String,
+        /// How many.
+        peers: usize,
+    },
+    /// A stacked resource.
+    #[error("resource '{resource}' is stacked on another one, which is not supported")]
+    Stacked {
+        /// Resource.
+        resource: String,
+    },
+}
+
+impl Resource {
+    /// The section that is for the node `node_name`; `_this_host` is for every node.
+    #[must_use]
+    pub fn host(&self, node_name: &str) -> Option<&Host> {
+        let by = |wanted: &str| self.hosts.iter().find(|h| h.names.iter().any(|n| n == wanted));
+        by(node_name).or_else(|| by("_this_host"))
+    }
+
+    /// The connections of a node, with the host at the other end.
+    pub fn peers_of(&self, node_name: &str) -> impl Iterator<Item = (&Connection, &Host)> {
+        let own = self.host(node_name).map(|h| h.name().to_owned());
+        self.connections.iter().filter_map(move |c| {
+            let own = own.as_deref()?;
+            let other = match &c.hosts {
+                [a, b] if a == own => b,
+                [a, b] if b == own => a,
+                _ => return None,
+            };
+            Some((c, self.host(other)?))
+        })
+    }
+
+    /// The only peer of a node, `None` when it has none or several.
+    #[must_use]
+    pub fn peer_of(&self, node_name: &str) -> Option<&Host> {
+        let mut peers = self.peers_of(node_name);
+        match (peers.next(), peers.next()) {
+            (Some((_, host)), None) => Some(host),
+            _ => None,
+        }
+    }
+
+    /// What the core of `node_name` needs.
+    ///
+    /// # Errors
+    /// The node is not part of the resource, or the resource is of a kind that is not supported.
+    pub fn to_core(&self, node_name: &str) -> Result<ResourceConfig, ConfigError> {
+        let resource = || self.name.clone();
+        let own = self.host(node_name).ok_or_else(|| ConfigError::NotOnThisHost { resource: resource() })?;
+        if self.hosts.iter().any(|h| h.stacked_on.is_some()) {
+            return Err(ConfigError::Stacked { resource: resource() });
+        }
+        let peers: Vec<_> = self.peers_of(node_name).collect();
+        let [(connection, peer)] = peers.as_slice() else {
+            return Err(ConfigError::PeerCount { resource: resource(), peers: peers.len() });
+        };
+        let volumes = own.volumes.iter().map(|v| volume(v.nr, &connection.disk_options(v))).collect();
+        Ok(ResourceConfig {
+            name: resource(),
+            node_id: own.node_id,
+            node_name: own.name().to_owned(),
+            peer_node_id: peer.node_id,
+            peer_name: peer.name().to_owned(),
+            net: net(&connection.net),
+            volumes,
+        })
+    }
+}
+
+fn net(o: &OptionSet) -> NetConfig {
+    NetConfig {
+        protocol: match o.text(&t::PROTOCOL) {
+            "A" => Protocol::A,
+            "B" => Protocol::B,
+            _ => Protocol::C,
+        },
+        ping_int_ms: o.number(&t::PING_INT) * 1000,
+        ping_timeout_ms: o.number(&t::PING_TIMEOUT) * 100,
+        timeout_ms: o.number(&t::TIMEOUT) * 100,
+        ko_count: o.number(&t::KO_COUNT),
+        connect_int_ms: o.number(&t::CONNECT_INT) * 1000,
+        max_epoch_size: u32::try_from(o.number(&t::MAX_EPOCH_SIZE)).unwrap_or(u32::MAX),
+        allow_two_primaries: o.flag(&t::ALLOW_TWO_PRIMARIES),
+        after_sb_0pri: after_sb(o, &t::AFTER_SB_0PRI),
+        after_sb_1pri: after_sb(o, &t::AFTER_SB_1PRI),
+        after_sb_2pri: after_sb(o, &t::AFTER_SB_2PRI),
+    }
+}
+
+/// DRBD's number of a policy: one numbering for the three options, part of its protocol.
+fn after_sb(o: &OptionSet, spec: &OptionSpec) -> u32 {
+    const NUMBERS: &[(&str, u32)] = &[
+        ("disconnect", 0),
+        ("discard-younger-primary", 1),
+        ("discard-older-primary", 2),
+        ("discard-zero-changes", 3),
+        ("discard-least-changes", 4),
+        ("discard-local", 5),
+        ("discard-remote", 6),
+        ("consensus", 7),
+        ("discard-secondary", 8),
+        ("call-pri-lost-after-sb", 9),
+        ("violently-as0p", 10),
+    ];
+    NUMBERS.iter().find(|(name, _)| *name == o.text(spec)).map_or(0, |(_, n)| *n)
+}
+
+fn volume(nr: u16, o: &OptionSet) -> VolumeConfig {
+    let size = o.number(&t::SIZE);
+    // With the controller on (the default), the rate is only where it starts; fixed is what both options say together.
+    let fixed = o.get(&t::RESYNC_RATE).is_some() && is_number(o, &t::C_PLAN_AHEAD, 0);
+    VolumeConfig {
+        nr: VolumeNr(nr),
+        user_size: (size > 0).then_some(SectorCount(size)),
+        al_extents: u32::try_from(o.number(&t::AL_EXTENTS)).unwrap_or(u32::MAX),
+        al_updates: o.flag(&t::AL_UPDATES),
+        on_io_error: match o.text(&t::ON_IO_ERROR) {
+            "pass_on" => OnIoError::PassOn,
+            "call-local-io-error" => OnIoError::CallLocalIoError,
+            _ => OnIoError::Detach,
+        },
+        write_ordering: match (o.flag(&t::DISK_FLUSHES), o.flag(&t::DISK_DRAIN)) {
+            (true, _) => WriteOrdering::Flush,
+            (false, true) => WriteOrdering::Drain,
+            (false, false) => WriteOrdering::None,
+        },
+        resync_rate_kib_s: fixed.then(|| o.number(&t::RESYNC_RATE)),
+    }
+}
+
+/// Whether an option's values are one of a list (used by the commands that complete words).
+#[must_use]
+pub fn choices(spec: &OptionSpec) -> &'static [&'static str] {
+    match spec.kind {
+        Kind::Choice { values, .. } => values,
+        Kind::Bool { .. } => &["yes", "no"],
+        Kind::Quorum => &["off", "majority", "all"],
+        Kind::Number { .. } | Kind::Text { .. } | Kind::ResourceRef | Kind::Words => &[],
+    }
+}

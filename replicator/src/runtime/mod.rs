@@ -1,0 +1,34 @@
+//! Everything with IO: one thread and one io_uring per resource, and the control plane's way to it.
+//!
+//! | file | owns |
+//! |---|---|
+//! | `handle.rs` | start, command, watch, stop: what the daemon sees |
+//! | `inbox.rs` | the queue into the thread |
+//! | `driver.rs` | the thread's turn: completions, core, outputs |
+//! | `ring.rs`, `memory.rs` | io_uring; memory that belongs to it while it works |
+//! | `buffers.rs` | payload buffers, counted |
+//! | `stream.rs` | receiving and sending on one socket |
+//! | `peer.rs` | frames of the peer |
+//! | `nbd_conn.rs` | requests of NBD clients |
+//! | `disk.rs`, `backing.rs` | backing disks |
+//! | `net.rs`, `preamble.rs` | finding the peer, on tokio |
+//! | `story.rs` | events for the log |
+//!
+//! Unsafe code is in `ring.rs`, `disk.rs` and `buffers.rs` only.
+pub mod backing;
+pub mod buffers;
+mod disk;
+mod driver;
+mod handle;
+mod inbox;
+mod memory;
+mod nbd_conn;
+mod net;
+mod peer;
+mod preamble;
+mod ring;
+mod story;
+mod stream;
+
+pub use handle::{ResourceHandle, RuntimeConfig, StartError};
+pub use ring::RingError;
