@@ -409,6 +409,10 @@ impl Resource {
                 self.devices[volume].uuids.clear_bitmap();
                 self.md_touch(volume);
             }
+            Fix::Rebase => {
+                self.devices[volume].uuids.bitmap = peer.uuids.current;
+                self.md_touch(volume);
+            }
             Fix::UndoStart => {
                 let uuids = &mut self.devices[volume].uuids;
                 uuids.bitmap = uuids.history[0];

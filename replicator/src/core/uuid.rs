@@ -152,6 +152,9 @@ pub enum Fix {
     Finish,
     /// The start of a resync that never happened: bitmap := history 1, history shifted back.
     UndoStart,
+    /// Our bits cover everything since the peer's generation: bitmap := that, so that a history of two
+    /// entries is enough however often the resync is interrupted.
+    Rebase,
 }
 
 /// What the identifiers say.
@@ -268,7 +271,7 @@ pub fn compare(me: &Side, peer: &Side) -> Comparison {
     } else if bp != 0 && known(cs, hp) && (same(hs[0], bp) || (same(cs, hp[1]) && started(hp[1], bp))) {
         // Our resync ended under a generation the peer has left since, or never began here: either way
         // the peer's bits cover all that differs.
-        Some(plain(target, Rule::WentOnAfterFinishPeer))
+        Some(Comparison { peer_fix: Fix::Rebase, ..plain(target, Rule::WentOnAfterFinishPeer) })
     } else if known(cs, hp) {
         Some(plain(Verdict::Target { full: true }, Rule::HistoryPeer))
     } else {
@@ -279,7 +282,7 @@ pub fn compare(me: &Side, peer: &Side) -> Comparison {
     } else if same(cp, hs[0]) && started(hs[0], bs) {
         Some(Comparison { fix: Fix::UndoStart, ..plain(source, Rule::LostSyncUuidSelf) })
     } else if bs != 0 && known(cp, hs) && (same(hp[0], bs) || (same(cp, hs[1]) && started(hs[1], bs))) {
-        Some(plain(source, Rule::WentOnAfterFinishSelf))
+        Some(Comparison { fix: Fix::Rebase, ..plain(source, Rule::WentOnAfterFinishSelf) })
     } else if known(cp, hs) {
         Some(plain(Verdict::Source { full: true }, Rule::HistorySelf))
     } else {

@@ -302,6 +302,12 @@ impl Run {
 
     fn crash(&mut self, node: usize, power: bool) {
         if self.world.nodes[node].core.is_some() {
+            // Under protocol A the peer may not have what was acked, and a Primary that dies while its
+            // disk is being detached leaves the peer with the newer generation.
+            let leaving = self.world.state(node).is_some_and(|state| state.1 < DiskState::Inconsistent);
+            if leaving && self.world.options.net.protocol == Protocol::A {
+                self.world.history.weaken(false);
+            }
             self.world.crash(node, power);
             self.schedule_restart(node);
         }
