@@ -20,7 +20,8 @@ test:
 # Two nodes on this machine: a disk mirrored, a node killed, the other taking over, the first coming back.
 demo:
 	@.ci/install build! disk nbd fio qemu
-	cargo run --release -p lockstep-replicator --bin lockstep -- demo $(DEMO_ARGS)
+	cargo build --release -p lockstep-replicator --bin lockstep --example demo
+	target/release/examples/demo $(DEMO_ARGS)
 
 # fmt, clippy, wasm32 build of the core, docs, licences.
 lint:

@@ -1,10 +1,10 @@
 //! Debian's own drbdmeta against ours: each must accept, byte for byte and word for word, what the other wrote.
 #![cfg(feature = "runtime")]
+#![expect(clippy::print_stdout, reason = "a skipped test says so")]
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail the test by panicking")]
 use lockstep_replicator::admin::drbdmeta::run_to;
 use lockstep_replicator::meta::al_ring::initialised_block;
-use lockstep_replicator::meta::{
-    AlTransaction, Block, Layout, MAGIC_UNCLEAN, MetaKind, Superblock, flags,
-};
+use lockstep_replicator::meta::{AlTransaction, Block, Layout, MAGIC_UNCLEAN, MetaKind, Superblock, flags};
 use lockstep_replicator::runtime::backing::{Backing, MetaDisk};
 use lockstep_replicator::units::SectorCount;
 use std::ffi::OsString;
@@ -16,8 +16,11 @@ use std::sync::{Mutex, PoisonError};
 
 const MIB: u64 = 1 << 20;
 const TIB: u64 = 1 << 40;
-const KINDS: [(MetaKind, &str); 3] =
-    [(MetaKind::Internal, "internal"), (MetaKind::FlexExternal, "flex-external"), (MetaKind::Indexed(1), "1")];
+const KINDS: [(MetaKind, &str); 3] = [
+    (MetaKind::Internal, "internal"),
+    (MetaKind::FlexExternal, "flex-external"),
+    (MetaKind::Indexed(1), "1"),
+];
 
 /// drbdmeta keeps a note on the last device in a file of the machine.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
@@ -112,8 +115,16 @@ fn comparable(dump: &str) -> String {
 }
 
 fn same_metadata(one: &Path, two: &Path, layout: &Layout, bitmap_bytes: u64) {
-    assert_eq!(read(one, layout.superblock_byte(), 4096), read(two, layout.superblock_byte(), 4096), "superblock");
-    assert_eq!(read(one, layout.al_byte(), layout.al_bytes()), read(two, layout.al_byte(), layout.al_bytes()), "log");
+    assert_eq!(
+        read(one, layout.superblock_byte(), 4096),
+        read(two, layout.superblock_byte(), 4096),
+        "superblock"
+    );
+    assert_eq!(
+        read(one, layout.al_byte(), layout.al_bytes()),
+        read(two, layout.al_byte(), layout.al_bytes()),
+        "log"
+    );
     let at = layout.bitmap_byte();
     assert!(read(one, at, bitmap_bytes) == read(two, at, bitmap_bytes), "bitmap");
 }
@@ -163,14 +174,18 @@ fn compare_fresh(bytes: u64, kind: MetaKind, place: &str, options: &[&str], stri
         }
         assert_eq!(ours(&[], path, place, &["get-gi"]).1, theirs_gi(path, place));
     }
-    // The usable size is the same to both: a size beyond it is cut on restore.
+    if !layout.bitmap_area_bytes().is_multiple_of(4096) {
+        // drbdmeta rounds the bitmap of the largest size up beyond the device and stops in the middle of the dump.
+        return;
+    }
+    // A dump of the largest size shows the whole bitmap.
     let capacity = layout.capacity();
     edit(&mine, &layout, |superblock| superblock.la_size = capacity);
     let (_, text, _) = theirs(&[], &mine, place, &["dump-md"]);
     assert_eq!(comparable(&ours(&[], &mine, place, &["dump-md"]).1), comparable(&text));
 }
 
-/// get-gi of drbdmeta takes only block devices; the dump has the identifiers of files too.
+/// The identifiers as drbdmeta prints them.
 fn theirs_gi(path: &Path, place: &str) -> String {
     let (_, text, error) = theirs(&[], path, place, &["get-gi"]);
     assert!(!text.is_empty(), "{error}");
@@ -217,7 +232,9 @@ fn random_bitmaps_dump_and_restore_both_ways() {
         return;
     }
     let mut dice = Dice(8);
-    for (bytes, (kind, place)) in [(300 * MIB, KINDS[0]), (10 << 30, KINDS[0]), (64 * MIB, KINDS[1]), (300 * MIB, KINDS[2])] {
+    for (bytes, (kind, place)) in
+        [(300 * MIB, KINDS[0]), (10 << 30, KINDS[0]), (64 * MIB, KINDS[1]), (300 * MIB, KINDS[2])]
+    {
         let Some(dir) = scratch(bytes) else { return };
         let disk = sparse(dir.path(), "disk", bytes);
         assert_eq!(ours(&[], &disk, place, &["create-md"]).0, 0);
@@ -251,7 +268,9 @@ fn random_bitmaps_dump_and_restore_both_ways() {
         let restored = theirs(&[], &by_them, place, &["restore-md", dump_name]);
         assert_eq!(restored.0, 0, "{restored:?}");
         same_metadata(&by_us, &by_them, &layout, used);
-        edit(&by_us, &layout, |superblock| superblock.al_nr_extents = superblock_of(&disk, &layout).al_nr_extents);
+        edit(&by_us, &layout, |superblock| {
+            superblock.al_nr_extents = superblock_of(&disk, &layout).al_nr_extents;
+        });
         same_metadata(&by_us, &disk, &layout, used);
 
         // Their text restored by us.
@@ -262,8 +281,16 @@ fn random_bitmaps_dump_and_restore_both_ways() {
     }
 }
 
-/// Writes transactions as a node does; returns the extents that are hot at the end.
-fn write_log(path: &Path, layout: &Layout, dice: &mut Dice, slots: u16, first: u32, count: u64, extents: u64) {
+/// Writes transactions as a node does.
+fn write_log(
+    path: &Path,
+    layout: &Layout,
+    dice: &mut Dice,
+    slots: u16,
+    first: u32,
+    count: u64,
+    extents: u64,
+) {
     let file = File::options().write(true).open(path).unwrap();
     for block in 0..layout.al_blocks() {
         file.write_all_at(&initialised_block(), layout.al_byte() + u64::from(block) * 4096).unwrap();
@@ -272,7 +299,9 @@ fn write_log(path: &Path, layout: &Layout, dice: &mut Dice, slots: u16, first: u
     let (mut cursor, mut number) = (0usize, first);
     for _ in 0..count {
         let updates: Vec<(u16, u32)> = (0..=dice.roll(6))
-            .map(|_| (u16::try_from(dice.roll(slots.into())).unwrap(), u32::try_from(dice.roll(extents)).unwrap()))
+            .map(|_| {
+                (u16::try_from(dice.roll(slots.into())).unwrap(), u32::try_from(dice.roll(extents)).unwrap())
+            })
             .collect();
         let end = (cursor + 919).min(table.len());
         let transaction = AlTransaction {
@@ -310,7 +339,8 @@ fn both_apply_the_same_log() {
         for primary in [true, false] {
             let bytes = (3 << 30) + dice.roll(1000) * 4096;
             let dir = scratch(bytes).unwrap();
-            let options = ["--al-stripes", &stripes.to_string(), "--al-stripe-size-kB", &(size * 4).to_string()];
+            let options =
+                ["--al-stripes", &stripes.to_string(), "--al-stripe-size-kB", &(size * 4).to_string()];
             let (mine, other) = (sparse(dir.path(), "mine", bytes), sparse(dir.path(), "other", bytes));
             let layout = layout_of(MetaKind::Internal, bytes, stripes, size);
             let seed = dice.roll(1 << 30);
@@ -366,7 +396,8 @@ fn the_replay_example_of_the_format_sheet_on_a_disk() {
     }
     drop(file);
     edit(&disk, &layout, |superblock| {
-        (superblock.flags, superblock.magic, superblock.la_size) = (0x13, MAGIC_UNCLEAN, SectorCount(130_992));
+        (superblock.flags, superblock.magic, superblock.la_size) =
+            (0x13, MAGIC_UNCLEAN, SectorCount(130_992));
     });
     assert_eq!(ours(&[], &disk, "internal", &["dump-md"]).0, 1, "unclean");
     assert_eq!(Backing::open(&disk, &MetaDisk::Internal).unwrap().1.hot_extents, [4, 7, 9, 15]);
@@ -394,11 +425,15 @@ fn identifiers_and_states_are_told_in_the_same_words() {
     let layout = layout_of(MetaKind::Internal, 64 * MIB, 1, 8);
     assert_eq!(ours(&[], &mine, "internal", &["create-md"]).0, 0);
     assert_eq!(theirs(&[], &other, "internal", &["create-md"]).0, 0);
-    let mut steps: Vec<Vec<String>> =
-        [&["outdate"][..], &["set-gi", "1234567890ABCDEE:00:00:00:1:1:1:1:0:0:1"], &["outdate"], &["invalidate"]]
-            .iter()
-            .map(|words| words.iter().map(ToString::to_string).collect())
-            .collect();
+    let mut steps: Vec<Vec<String>> = [
+        &["outdate"][..],
+        &["set-gi", "1234567890ABCDEE:00:00:00:1:1:1:1:0:0:1"],
+        &["outdate"],
+        &["invalidate"],
+    ]
+    .iter()
+    .map(|words| words.iter().map(ToString::to_string).collect())
+    .collect();
     for bits in 0..128u32 {
         let list: Vec<String> = (0..7).map(|bit| (bits >> bit & 1).to_string()).collect();
         steps.push(vec!["set-gi".into(), format!("{:X}::{bits:X}::{}", bits + 7, list.join(":"))]);

@@ -22,7 +22,7 @@ use tokio::net::UnixListener;
 
 const VOLUME: VolumeNr = VolumeNr(0);
 const DISK_BYTES: u64 = 32 << 20;
-const LIMIT: Duration = Duration::from_secs(30);
+const LIMIT: Duration = Duration::from_secs(10);
 
 /// One node and its disk.
 struct Node {
@@ -103,7 +103,11 @@ impl Node {
     }
 
     async fn down(self) {
-        self.handle.admin(AdminCommand::Down).await.unwrap();
+        let down = self.handle.admin(AdminCommand::Down);
+        let Ok(done) = tokio::time::timeout(LIMIT, down).await else {
+            panic!("node {} does not come down: {:#?}", self.id, self.handle.status().await);
+        };
+        done.unwrap();
         self.handle.stop().await;
     }
 
@@ -177,7 +181,10 @@ fn serve(handle: &ResourceHandle, socket: &Path) -> tokio::task::JoinHandle<()> 
 async fn primary(node: &Node) {
     node.handle.admin(AdminCommand::Primary { force: true }).await.unwrap();
     let mut exports = node.handle.exports();
-    tokio::time::timeout(LIMIT, exports.wait_for(|exports| exports.contains_key(&VOLUME))).await.unwrap().unwrap();
+    tokio::time::timeout(LIMIT, exports.wait_for(|exports| exports.contains_key(&VOLUME)))
+        .await
+        .unwrap()
+        .unwrap();
 }
 
 /// A client that knows just enough: newstyle with EXPORT_NAME, simple replies.
@@ -369,10 +376,14 @@ async fn clients_that_vanish_leave_nothing_behind() {
     .await
     .unwrap();
     left.handle.kick_clients(VOLUME);
-    left.wait_for("the clients to go", |_, _, _, _| true).await;
+    let wait = async {
+        while left.handle.status().await.unwrap().volumes[0].open_count > 0 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(LIMIT, wait).await.unwrap();
     server.abort();
-    tokio::time::sleep(Duration::from_millis(100)).await;
-    left.down().await;
+    left.handle.stop().await;
 }
 
 #[tokio::test]

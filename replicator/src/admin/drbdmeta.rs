@@ -139,7 +139,8 @@ fn parse_line(args: &[OsString], force: &mut bool) -> Result<CommandLine, Refusa
         };
         let value = inline.or_else(|| rest.next().map(|value| value.to_string_lossy().into_owned()));
         let value = value.as_deref().unwrap_or("");
-        *slot = Some(value.parse::<u32>().map_err(|_| (20, format!("'{value}' is not a number for {name}")))?);
+        *slot =
+            Some(value.parse::<u32>().map_err(|_| (20, format!("'{value}' is not a number for {name}")))?);
     }
     let [_minor, format, device, index, verb, argument @ ..] = positional.as_slice() else {
         return Err((20, USAGE.to_owned()));
@@ -147,14 +148,19 @@ fn parse_line(args: &[OsString], force: &mut bool) -> Result<CommandLine, Refusa
     match format.to_string_lossy().as_ref() {
         "v08" => {}
         known @ ("v06" | "v07" | "v09") => {
-            return Err((20, format!("Format '{known}' is not supported; this program handles v08 (DRBD 8.4).")));
+            return Err((
+                20,
+                format!("Format '{known}' is not supported; this program handles v08 (DRBD 8.4)."),
+            ));
         }
         other => return Err((20, format!("Unknown format '{other}'."))),
     }
     let kind = match index.to_string_lossy().as_ref() {
         "internal" | "flex-internal" => MetaKind::Internal,
         "flex-external" => MetaKind::FlexExternal,
-        text => MetaKind::Indexed(text.parse().map_err(|_| (20, format!("'{text}' is not a valid index number.")))?),
+        text => MetaKind::Indexed(
+            text.parse().map_err(|_| (20, format!("'{text}' is not a valid index number.")))?,
+        ),
     };
     let al_stripe_size_4k = match al_stripe_size_kib {
         None => None,
@@ -253,7 +259,9 @@ fn refusal(error: AreaError) -> Refusal {
     match error {
         AreaError::Device(error) => device_refusal(&error),
         AreaError::Meta(error @ MetaError::TooSmall { .. }) => (10, error.to_string()),
-        AreaError::Meta(error @ MetaError::NotFound { .. }) => (1, format!("No valid meta data found\n({error})")),
+        AreaError::Meta(error @ MetaError::NotFound { .. }) => {
+            (1, format!("No valid meta data found\n({error})"))
+        }
         AreaError::Meta(error) => (1, format!("No valid meta data found: {error}")),
         AreaError::Log(error) => (1, error.to_string()),
         AreaError::Text(error) => (10, error.to_string()),
@@ -322,9 +330,9 @@ fn wipe_md(line: &CommandLine, session: &mut Session<'_>) -> Result<u8, Refusal>
 fn read_dump(line: &CommandLine) -> Result<restore::RestoredMeta, Refusal> {
     let file = line.argument.as_ref().ok_or((10, "Required Argument missing".to_owned()))?;
     let file = Path::new(file);
-    let text = std::fs::read_to_string(file).map_err(|error| (20, format!("open({}) failed: {error}", file.display())))?;
-    let mut dump =
-        restore::parse(&text).map_err(|error| (10, format!("{}: {error}", file.display())))?;
+    let text = std::fs::read_to_string(file)
+        .map_err(|error| (20, format!("open({}) failed: {error}", file.display())))?;
+    let mut dump = restore::parse(&text).map_err(|error| (10, format!("{}: {error}", file.display())))?;
     dump.al_stripes = line.al_stripes.unwrap_or(dump.al_stripes);
     dump.al_stripe_size_4k = line.al_stripe_size_4k.unwrap_or(dump.al_stripe_size_4k);
     Ok(dump)
@@ -408,7 +416,8 @@ fn show_gi(superblock: &Superblock) -> String {
     };
     let full = if has(flags::FULL_SYNC) { ", need full sync" } else { "" };
     let peer = if has(flags::PEER_OUT_DATED) { ", peer Outdated" } else { "" };
-    let clean = if superblock.magic == MAGIC_CLEAN && has(flags::AL_CLEAN) { "clean" } else { "need apply-al" };
+    let clean =
+        if superblock.magic == MAGIC_CLEAN && has(flags::AL_CLEAN) { "clean" } else { "need apply-al" };
     let size = if superblock.la_size.0 == 0 {
         "zero size device -- never seen peer yet?".to_owned()
     } else {
@@ -464,7 +473,8 @@ fn human_size(mut kib: u64) -> String {
 fn apply_gi(superblock: &mut Superblock, list: &str) -> Result<(), Refusal> {
     for (index, field) in list.split(':').enumerate().filter(|(_, field)| !field.is_empty()) {
         if let Some(place) = superblock.uuid.get_mut(index) {
-            *place = u64::from_str_radix(field, 16).map_err(|_| (10, format!("'{field}' is not a number.")))?;
+            *place =
+                u64::from_str_radix(field, 16).map_err(|_| (10, format!("'{field}' is not a number.")))?;
             continue;
         }
         let flag = index.checked_sub(superblock.uuid.len()).and_then(|index| GI_FLAGS.get(index));
@@ -497,7 +507,8 @@ fn set_gi(line: &CommandLine, session: &mut Session<'_>) -> Result<u8, Refusal> 
 pub fn dump_header(args: &[String]) -> Vec<String> {
     #[expect(clippy::disallowed_methods, reason = "the wall clock is what the header shows")]
     let seconds = std::time::SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-    let host = nix::unistd::gethostname().map_or_else(|_| String::new(), |name| name.to_string_lossy().into_owned());
+    let host =
+        nix::unistd::gethostname().map_or_else(|_| String::new(), |name| name.to_string_lossy().into_owned());
     let (year, month, day) = civil_date(seconds / 86400);
     let time = seconds % 86400;
     vec![
@@ -539,7 +550,8 @@ mod tests {
 
     #[test]
     fn sizes_as_drbdmeta_rounds_them() {
-        let sizes = [(0, "0 KB"), (1024, "1024 KB"), (50_000, "49 MB"), (102_360, "100 MB"), (65_496, "64 MB")];
+        let sizes =
+            [(0, "0 KB"), (1024, "1024 KB"), (50_000, "49 MB"), (102_360, "100 MB"), (65_496, "64 MB")];
         for (kib, text) in sizes {
             assert_eq!(human_size(kib), text);
         }

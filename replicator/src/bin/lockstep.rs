@@ -1,2 +1,7 @@
 //! The one program behind the names lockstep, lockstepd, drbdadm, drbdsetup and drbdmeta.
-fn main() {}
+use lockstep_replicator::admin::entry;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    ExitCode::from(entry::run(std::env::args_os().collect()))
+}

@@ -5,8 +5,8 @@
 //! flags are. Here they are printed as they are, as later versions do.
 //!
 //! The bitmap may be 512 MiB of mostly equal words, so it is pushed through [`BitmapDump`] piece by piece.
-use crate::meta::layout::Layout;
 use crate::meta::Superblock;
+use crate::meta::layout::Layout;
 use std::io::{self, Write};
 
 /// Words on one line.

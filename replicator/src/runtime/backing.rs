@@ -121,8 +121,11 @@ impl Backing {
     /// See [`AttachError`].
     pub fn open(data: &Path, meta: &MetaDisk) -> Result<(Self, Attached), AttachError> {
         let data_device = Device::open(data, Access::Exclusive).map_err(AttachError::Data)?;
-        let meta_access =
-            if matches!(meta, MetaDisk::Indexed(..)) { Access::ExclusiveInProcess } else { Access::Exclusive };
+        let meta_access = if matches!(meta, MetaDisk::Indexed(..)) {
+            Access::ExclusiveInProcess
+        } else {
+            Access::Exclusive
+        };
         let meta_device = match meta {
             MetaDisk::Internal => None,
             MetaDisk::Flexible(path) | MetaDisk::Indexed(path, _) => {
@@ -141,8 +144,9 @@ impl Backing {
         let invalid = |source| AttachError::Invalid { path: path.clone(), source };
         let kind = meta.kind();
         let position = kind.superblock_position(holder.bytes).map_err(invalid)?;
-        let block =
-            io::read_block(&holder.file, position).map_err(holder.failed("read the superblock of")).map_err(AttachError::Meta)?;
+        let block = io::read_block(&holder.file, position)
+            .map_err(holder.failed("read the superblock of"))
+            .map_err(AttachError::Meta)?;
         let superblock = Superblock::decode(&block, position).map_err(invalid)?;
         let layout = superblock.validate(kind, data_device.bytes, holder.bytes).map_err(invalid)?;
 
@@ -165,7 +169,10 @@ impl Backing {
             .map_err(holder.failed("read the bitmap of"))
             .map_err(AttachError::Meta)?;
         if unreadable > 0 {
-            notes.push(format!("{}: {unreadable} bitmap pages cannot be read; their blocks count as changed", path.display()));
+            notes.push(format!(
+                "{}: {unreadable} bitmap pages cannot be read; their blocks count as changed",
+                path.display()
+            ));
         }
         let attached = Attached {
             superblock,
@@ -263,7 +270,8 @@ impl Backing {
     /// As [`Self::write_superblock`].
     pub fn init_al(&self) -> Result<(), DeviceError> {
         let holder = self.holder();
-        io::write_initial_al(&holder.file, &self.layout).map_err(holder.failed("write the activity log of"))?;
+        io::write_initial_al(&holder.file, &self.layout)
+            .map_err(holder.failed("write the activity log of"))?;
         self.flush_meta()
     }
 

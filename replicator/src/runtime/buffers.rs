@@ -189,6 +189,7 @@ impl BufferPool {
     }
 
     /// Bytes held by an account.
+    #[cfg(test)]
     pub(super) fn used_bytes(&self, account: Account) -> usize {
         self.shared.used_bytes[account as usize].get()
     }
@@ -237,7 +238,9 @@ impl BufferPool {
 
 impl fmt::Debug for BufferPool {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("BufferPool").field("allocated_bytes", &self.shared.allocated_bytes.get()).finish_non_exhaustive()
+        f.debug_struct("BufferPool")
+            .field("allocated_bytes", &self.shared.allocated_bytes.get())
+            .finish_non_exhaustive()
     }
 }
 
@@ -338,17 +341,6 @@ impl BufferRef {
         // on this thread because none leaves this file.
         // JUSTIFICATION: pool memory is shared by counts, so there is no exclusive reference to write through.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) };
-    }
-
-    /// Copies `into.len()` bytes out.
-    ///
-    /// # Panics
-    /// The buffer is shorter: our bug.
-    pub(super) fn copy_out(&self, offset: usize, into: &mut [u8]) {
-        let from = self.address(offset, into.len());
-        // SAFETY: as in `copy_in`.
-        // JUSTIFICATION: as in `copy_in`.
-        unsafe { std::ptr::copy_nonoverlapping(from, into.as_mut_ptr(), into.len()) };
     }
 
     /// Fills the contents with zeroes.
@@ -509,9 +501,7 @@ mod tests {
         assert_ne!(buffer.crc(8), 0xe306_9283);
         buffer.copy_in(0, b"2");
         assert_ne!(buffer.crc(9), 0xe306_9283);
-        let mut out = [0; 3];
-        buffer.copy_out(0, &mut out);
-        assert_eq!(&out, b"223");
+        assert_eq!(&buffer.to_bytes()[..3], b"223");
         assert!(!buffer.is_zero());
         buffer.fill_zero();
         assert!(buffer.is_zero());

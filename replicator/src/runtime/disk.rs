@@ -94,7 +94,7 @@ enum Call {
 }
 
 /// An answer for the core.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub(super) enum Answer {
     /// Of a data IO.
     Data(IoId, Result<DiskOk, IoError>),
@@ -169,9 +169,9 @@ impl DiskJob {
 
     fn on_result(&mut self, result: i32) -> Progress {
         match self {
-            Self::Data(job) => {
-                job.on_result(result).map_or(Progress::Again, |done| Progress::Done(Answer::Data(job.id, done)))
-            }
+            Self::Data(job) => job
+                .on_result(result)
+                .map_or(Progress::Again, |done| Progress::Done(Answer::Data(job.id, done))),
             Self::Meta(job) => job.on_result(result),
         }
     }
@@ -247,7 +247,19 @@ impl DataJob {
         assert!(stage == Stage::Datasync || len > 0, "{:?} has no range", io.id);
         let pool = pool.clone();
         let disk = Rc::clone(disk);
-        Some(Self { id: io.id, disk, stage, buffer, taken, fua: io.fua, offset, len, done: 0, idle_results: 0, pool })
+        Some(Self {
+            id: io.id,
+            disk,
+            stage,
+            buffer,
+            taken,
+            fua: io.fua,
+            offset,
+            len,
+            done: 0,
+            idle_results: 0,
+            pool,
+        })
     }
 
     fn call(&self) -> Call {
@@ -277,9 +289,8 @@ impl DataJob {
     }
 
     fn on_result(&mut self, result: i32) -> Option<Result<DiskOk, IoError>> {
-        let moved = match u64::try_from(result) {
-            Ok(moved) => moved,
-            Err(_) => return self.on_errno(Errno::from_raw(-result)),
+        let Ok(moved) = u64::try_from(result) else {
+            return self.on_errno(Errno::from_raw(-result));
         };
         match self.stage {
             Stage::Read | Stage::Write | Stage::WriteZeroes => {
@@ -323,10 +334,10 @@ impl DataJob {
     fn on_errno(&mut self, errno: Errno) -> Option<Result<DiskOk, IoError>> {
         match (errno, self.stage) {
             (Errno::EAGAIN | Errno::EINTR, Stage::Read | Stage::Write | Stage::WriteZeroes)
-            | (Errno::EINTR, Stage::Punch | Stage::Zero) => {
-                if !self.is_stuck() {
-                    return None;
-                }
+            | (Errno::EINTR, Stage::Punch | Stage::Zero)
+                if !self.is_stuck() =>
+            {
+                return None;
             }
             (Errno::EOPNOTSUPP | Errno::ENOSYS, Stage::Punch) => {
                 self.disk.can_punch.set(false);
@@ -513,7 +524,8 @@ fn execute(fd: BorrowedFd<'_>, call: &Call) -> i32 {
             let address = buffer.address(span.buffer_offset, span.len);
             // SAFETY: as above.
             // JUSTIFICATION: as above.
-            let written = unsafe { libc::pwrite(raw, address.cast(), span.len, file_offset(span.file_offset)) };
+            let written =
+                unsafe { libc::pwrite(raw, address.cast(), span.len, file_offset(span.file_offset)) };
             if written < 0 || !*dsync {
                 written
             } else {
@@ -543,4 +555,169 @@ fn execute(fd: BorrowedFd<'_>, call: &Call) -> i32 {
 fn file_offset(bytes: u64) -> libc::off_t {
     // Ranges are inside the device, whose size is an `off_t` of the kernel.
     libc::off_t::try_from(bytes).unwrap_or(libc::off_t::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::meta::{BitmapPage, MetaKind, Superblock};
+    use crate::runtime::backing::MetaDisk;
+    use crate::runtime::backing::create::{CreateOptions, Operator, create};
+    use crate::runtime::buffers::MIN_POOL_BYTES;
+    use crate::runtime::ring::Completion;
+    use crate::units::{BlockRange, Sector, SectorCount};
+    use std::fs::File;
+    use std::os::unix::fs::FileExt;
+    use std::path::Path;
+    use std::time::Duration;
+
+    struct Silent;
+
+    impl Operator for Silent {
+        fn say(&mut self, _text: &str) {}
+
+        fn confirm(&mut self, _question: &str) -> bool {
+            true
+        }
+
+        fn progress(&mut self, _done: u64, _total: u64) {}
+    }
+
+    struct Bench {
+        disk: Rc<Disk>,
+        pool: BufferPool,
+        ring: Ring<DiskJob>,
+    }
+
+    impl Bench {
+        fn new(path: &Path) -> Self {
+            File::create(path).unwrap().set_len(16 << 20).unwrap();
+            let options = CreateOptions { force: true, ..CreateOptions::default() };
+            create(path, MetaKind::Internal, None, &options, &mut Silent).unwrap();
+            let (backing, _) = Backing::open(path, &MetaDisk::Internal).unwrap();
+            let disk = Rc::new(Disk::new(VolumeNr(0), backing));
+            Self { disk, pool: BufferPool::new(MIN_POOL_BYTES), ring: Ring::new().unwrap() }
+        }
+
+        fn finish(&mut self, jobs: Vec<DiskJob>) -> Answer {
+            let mut answer = None;
+            for job in jobs {
+                if job.is_inline() {
+                    answer = answer.or(job.run_inline());
+                } else {
+                    job.start(&mut self.ring);
+                }
+            }
+            while answer.is_none() {
+                self.ring.submit_and_wait(Some(Duration::from_secs(10))).unwrap();
+                self.ring.reap();
+                while let Some(Completion { context, result, .. }) = self.ring.next_completion() {
+                    answer = answer.or(context.on_completion(&mut self.ring, result));
+                }
+            }
+            answer.unwrap()
+        }
+
+        fn io(&mut self, op: DiskOp, start: u64, len: u64, fua: bool, data: Option<&[u8]>) -> DiskOk {
+            let buffer = data.map(|data| {
+                let buffer = self.pool.take(data.len(), Account::FrontEnd).unwrap();
+                buffer.copy_in(0, data);
+                self.pool.hand_to_core(buffer)
+            });
+            let range = BlockRange::new(Sector(start), SectorCount(len));
+            let io = DiskIo { id: IoId(7), volume: VolumeNr(0), op, range, fua, buffer };
+            let job = DataJob::new(&io, &self.disk, &self.pool).unwrap();
+            let Answer::Data(IoId(7), result) = self.finish(vec![DiskJob::Data(job)]) else { panic!() };
+            if let Some(buffer) = buffer {
+                self.pool.release_from_core(buffer);
+            }
+            result.unwrap()
+        }
+
+        fn read(&mut self, start: u64, len: u64) -> (Vec<u8>, bool) {
+            let ok = self.io(DiskOp::Read, start, len, false, None);
+            let buffer = self.pool.take_from_core(ok.buffer.unwrap());
+            (buffer.to_bytes().to_vec(), ok.all_zero)
+        }
+
+        fn meta(&mut self, write: &MetaWrite) {
+            let mut jobs = Vec::new();
+            MetaJob::make(MetaId(3), write, &self.disk, &self.pool, |job| jobs.push(job)).unwrap();
+            let Answer::Meta(MetaId(3), result) = self.finish(jobs) else { panic!() };
+            result.unwrap();
+        }
+    }
+
+    fn everything(dir: &Path) {
+        let path = dir.join("disk");
+        let mut bench = Bench::new(&path);
+        let data: Vec<u8> = (0..65536).map(|at: u32| (at % 249) as u8).collect();
+        bench.io(DiskOp::Write, 8, 128, true, Some(&data));
+        assert!(bench.read(8, 128) == (data.clone(), false));
+        assert!(bench.read(0, 8) == (vec![0; 4096], true));
+        for (op, fua) in [
+            (DiskOp::Discard, false),
+            (DiskOp::WriteZeroes { may_unmap: true }, true),
+            (DiskOp::WriteZeroes { may_unmap: false }, true),
+        ] {
+            bench.io(DiskOp::Write, 8, 128, false, Some(&data));
+            bench.io(op, 16, 64, fua, None);
+            let (bytes, _) = bench.read(8, 128);
+            assert!(bytes[..4096] == data[..4096] && bytes[36864..] == data[36864..], "{op:?}");
+            assert!(bytes[4096..36864].iter().all(|&byte| byte == 0), "{op:?}");
+        }
+        bench.io(DiskOp::Flush, 0, 0, false, None);
+        // With everything refused, zeroes are written; more than one buffer of them.
+        bench.disk.can_punch.set(false);
+        bench.disk.can_zero.set(false);
+        bench.io(DiskOp::Write, 0, 2048, false, Some(&vec![5; 1 << 20]));
+        bench.io(DiskOp::Discard, 8, 6000, true, None);
+        assert!(bench.read(0, 8).0 == vec![5; 4096]);
+        assert!(bench.read(8, 2040).1);
+
+        let layout = bench.disk.layout.clone();
+        let mut superblock = Superblock::created(&layout);
+        superblock.uuid[0] = 0x1234_5678;
+        bench.meta(&MetaWrite::Superblock(Box::new(superblock.clone())));
+        let page = |index: u32| BitmapPage { index, words: Box::new([u64::from(index) + 1; 512]) };
+        bench.meta(&MetaWrite::Bitmap(vec![page(0)]));
+        bench.meta(&MetaWrite::AlInit);
+        drop(bench);
+        let file = File::open(&path).unwrap();
+        let mut block = [0; BLOCK_BYTES];
+        file.read_exact_at(&mut block, layout.superblock_byte()).unwrap();
+        assert_eq!(Superblock::decode(&block, layout.superblock_byte()).unwrap(), superblock);
+        file.read_exact_at(&mut block, layout.bitmap_page_byte(0)).unwrap();
+        assert_eq!(block, page(0).to_bytes());
+        file.read_exact_at(&mut block, layout.al_byte() + 7 * BLOCK_BYTES as u64).unwrap();
+        assert_eq!(block, al_ring::initialised_block());
+    }
+
+    #[test]
+    fn a_disk_behind_the_ring_keeps_its_promises() {
+        everything(tempfile::tempdir().unwrap().path());
+    }
+
+    #[test]
+    fn a_disk_in_memory_keeps_its_promises() {
+        if !Path::new("/dev/shm").is_dir() {
+            eprintln!("skipped: no tmpfs at /dev/shm");
+            return;
+        }
+        everything(tempfile::tempdir_in("/dev/shm").unwrap().path());
+    }
+
+    #[test]
+    fn an_error_of_the_disk_is_an_answer() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut bench = Bench::new(&dir.path().join("disk"));
+        // Behind the end of the file.
+        let range = BlockRange::new(Sector(1 << 20), SectorCount(8));
+        let io =
+            DiskIo { id: IoId(1), volume: VolumeNr(0), op: DiskOp::Read, range, fua: false, buffer: None };
+        let job = DataJob::new(&io, &bench.disk, &bench.pool).unwrap();
+        let answer = bench.finish(vec![DiskJob::Data(job)]);
+        assert!(matches!(answer, Answer::Data(IoId(1), Err(IoError::Errno(libc::EIO)))), "{answer:?}");
+        assert_eq!(bench.pool.used_bytes(Account::Disk), 0);
+    }
 }

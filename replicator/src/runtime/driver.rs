@@ -24,7 +24,8 @@ use super::story;
 use super::ublk_dev::UblkDisk;
 use crate::core::Resource;
 use crate::core::event::{
-    AdminCommand, AdminId, BufferId, DiskIo, Event, Input, IoError, LostReason, Output, Refusal, RequestError, SessionId,
+    AdminCommand, AdminId, BufferId, DiskIo, Event, Input, IoError, LostReason, Output, Refusal,
+    RequestError, SessionId,
 };
 use crate::core::state::DiskState;
 use crate::frontend::nbd::{Extent, ExtentKind, Request as NbdRequest, allocation};
@@ -325,7 +326,14 @@ impl Driver {
 
     /// Block status from the backing file, on a helper thread: the filesystem may have to read for it. Only an UpToDate
     /// local disk says something about the volume; else everything counts as allocated.
-    fn look_up_extents(&mut self, client: usize, command: usize, request: NbdRequest, block_min: u32, one: bool) {
+    fn look_up_extents(
+        &mut self,
+        client: usize,
+        command: usize,
+        request: NbdRequest,
+        block_min: u32,
+        one: bool,
+    ) {
         let volume = self.clients[client].volume;
         let is_good = self.disk_states.get(&volume) == Some(&DiskState::UpToDate);
         let disk = self.disks.get(&volume).filter(|_| is_good);
@@ -357,7 +365,7 @@ impl Driver {
                     answer(reply, Err(refusal));
                     return;
                 }
-                self.disks.insert(volume, Rc::new(Disk::new(volume, backing)));
+                self.disks.insert(volume, Rc::new(Disk::new(volume, *backing)));
                 self.admin(AdminCommand::Attach { volume, attached }, reply, Some(volume));
             }
             Item::Status(reply) => {
@@ -498,7 +506,9 @@ impl Driver {
                 }
             }
             Output::Send { session, message, payload } => {
-                let Some(key) = self.session.filter(|&key| self.peers[key].session == session) else { return };
+                let Some(key) = self.session.filter(|&key| self.peers[key].session == session) else {
+                    return;
+                };
                 if let Err(error) = self.peers[key].send(&message, payload, &self.pool) {
                     tracing::error!(resource = self.name, %error, "the core made a message that cannot be sent");
                     self.peers[key].kill();
@@ -509,7 +519,9 @@ impl Driver {
             Output::Connect => self.outside.wish.send_modify(|wish| wish.connect = true),
             Output::StopConnecting => self.outside.wish.send_modify(|wish| wish.connect = false),
             Output::Disconnect { session, reason } => {
-                let Some(key) = self.session.filter(|&key| self.peers[key].session == session) else { return };
+                let Some(key) = self.session.filter(|&key| self.peers[key].session == session) else {
+                    return;
+                };
                 tracing::debug!(resource = self.name, session = session.0, reason, "disconnect");
                 self.session = None;
                 self.outside.wish.send_modify(|wish| wish.sessions_ended += 1);

@@ -86,7 +86,9 @@ pub enum StartError {
 
 fn explain_bind(error: &io::Error) -> &'static str {
     match error.kind() {
-        io::ErrorKind::AddrInUse => "another process or resource listens there; give each resource its own port",
+        io::ErrorKind::AddrInUse => {
+            "another process or resource listens there; give each resource its own port"
+        }
         io::ErrorKind::AddrNotAvailable => {
             "no interface of this host has that address; check `on <host>` and the network"
         }
@@ -194,9 +196,14 @@ impl ResourceHandle {
     ///
     /// # Errors
     /// The refusal; the disk is closed then.
-    pub async fn attach(&self, volume: VolumeNr, backing: Backing, attached: Attached) -> Result<(), Refusal> {
+    pub async fn attach(
+        &self,
+        volume: VolumeNr,
+        backing: Backing,
+        attached: Attached,
+    ) -> Result<(), Refusal> {
         let (reply, answer) = oneshot::channel();
-        self.push(Item::Attach { volume, backing, attached: Box::new(attached), reply })?;
+        self.push(Item::Attach { volume, backing: Box::new(backing), attached: Box::new(attached), reply })?;
         answer.await.unwrap_or_else(|_| Err(self.ended()))
     }
 

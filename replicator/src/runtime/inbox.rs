@@ -25,7 +25,7 @@ pub(super) enum Item {
     /// A backing disk, and the verb that brings it in.
     Attach {
         volume: VolumeNr,
-        backing: Backing,
+        backing: Box<Backing>,
         attached: Box<Attached>,
         reply: oneshot::Sender<Result<(), Refusal>>,
     },

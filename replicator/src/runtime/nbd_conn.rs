@@ -13,7 +13,9 @@ use super::stream::{Received, Receiver, Sender, Sent};
 use crate::core::event::{Input, Request as CoreRequest, RequestError, RequestId, RequestOp};
 use crate::frontend::nbd::transmission::Received as NbdReceived;
 use crate::frontend::nbd::wire::{MAX_BLOCK_BYTES, REQUEST_BYTES};
-use crate::frontend::nbd::{Command, Extent, NbdError, Negotiated, Piece, Pieces, Progress, Request, Session};
+use crate::frontend::nbd::{
+    Command, Extent, NbdError, Negotiated, Piece, Pieces, Progress, Request, Session,
+};
 use crate::units::VolumeNr;
 use nix::sys::socket::{Shutdown, shutdown};
 use slab::Slab;
@@ -149,7 +151,10 @@ impl Client {
 
     /// Whether nothing of it is left anywhere.
     pub(super) fn is_gone(&self) -> bool {
-        self.state == State::Dead && self.outstanding == 0 && !self.receiver.is_armed() && !self.sender.is_armed()
+        self.state == State::Dead
+            && self.outstanding == 0
+            && !self.receiver.is_armed()
+            && !self.sender.is_armed()
     }
 
     /// Hands out everything that was received; `index` is the client's own key.
@@ -211,8 +216,13 @@ impl Client {
             }
         };
         if let Some(pieces) = request.pieces() {
-            if matches!(request.command(), Command::Read { .. }) && !shared.pool.could_hold(request.length()) {
-                self.answer_error(request.cookie(), NbdError::Invalid, "larger than the buffers of the server");
+            if matches!(request.command(), Command::Read { .. }) && !shared.pool.could_hold(request.length())
+            {
+                self.answer_error(
+                    request.cookie(),
+                    NbdError::Invalid,
+                    "larger than the buffers of the server",
+                );
                 return true;
             }
             let progress = Some(Progress::new(&pieces));
@@ -441,7 +451,13 @@ impl Client {
     }
 
     /// A send came back from the ring.
-    pub(super) fn on_sent<C>(&mut self, ring: &mut Ring<C>, memory: Box<SendMemory>, result: i32, context: C) {
+    pub(super) fn on_sent<C>(
+        &mut self,
+        ring: &mut Ring<C>,
+        memory: Box<SendMemory>,
+        result: i32,
+        context: C,
+    ) {
         let sent = self.sender.on_completion(ring, &self.fd, memory, result, context);
         self.after_send(sent);
     }

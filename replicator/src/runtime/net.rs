@@ -252,7 +252,11 @@ impl Connector {
         if from.node_id != self.config.peer_node_id || from.name != self.config.peer_name {
             let reason = format!(
                 "{} answers as {} (node id {}), expected {} (node id {})",
-                self.config.peer_addr, from.name, from.node_id, self.config.peer_name, self.config.peer_node_id
+                self.config.peer_addr,
+                from.name,
+                from.node_id,
+                self.config.peer_name,
+                self.config.peer_node_id
             );
             self.failed(&reason, self.config.connect_int);
             return;
@@ -308,7 +312,9 @@ impl Connector {
                 }
                 let peer = dial.from.clone();
                 self.accepting = Some(Box::pin(async move {
-                    timeout(PREAMBLE_LIMIT, confirm(&mut stream, &answer)).await.map_err(io::Error::other)??;
+                    timeout(PREAMBLE_LIMIT, confirm(&mut stream, &answer))
+                        .await
+                        .map_err(io::Error::other)??;
                     Ok((stream, peer))
                 }));
             }
@@ -358,7 +364,10 @@ impl Connector {
     }
 
     fn failed(&mut self, reason: &str, pause: Duration) {
-        self.complain(&format!("no connection to {} ({}): {reason}", self.config.peer_name, self.config.peer_addr));
+        self.complain(&format!(
+            "no connection to {} ({}): {reason}",
+            self.config.peer_name, self.config.peer_addr
+        ));
         self.postpone(pause);
     }
 
@@ -384,7 +393,6 @@ impl Connector {
 }
 
 fn now() -> Instant {
-    #[expect(clippy::disallowed_methods, reason = "the control plane's clock; tokio's, which tests can stop")]
     Instant::now()
 }
 

@@ -58,11 +58,6 @@ impl Peer {
         }
     }
 
-    /// Whether it is used by the core.
-    pub(super) fn is_open(&self) -> bool {
-        self.state == State::Open
-    }
-
     /// Whether nothing of it is left in the ring.
     pub(super) fn is_gone(&self) -> bool {
         self.state == State::Dead && !self.receiver.is_armed() && !self.sender.is_armed()

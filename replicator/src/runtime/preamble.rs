@@ -344,7 +344,10 @@ pub(super) enum Verdict {
 pub(super) fn judge(acceptor: &Acceptor<'_>, dial: &Dial) -> Verdict {
     let mismatch = |text| Verdict::Refuse(Refused::Mismatch, text);
     if dial.resource != acceptor.resource {
-        return mismatch(format!("this address belongs to resource {}, not {}", acceptor.resource, dial.resource));
+        return mismatch(format!(
+            "this address belongs to resource {}, not {}",
+            acceptor.resource, dial.resource
+        ));
     }
     if dial.to_node_id != acceptor.node_id || dial.to_name != acceptor.name {
         return mismatch(format!(
@@ -383,12 +386,7 @@ mod tests {
     }
 
     fn dial(from: u32, to: u32) -> Dial {
-        Dial {
-            resource: "web".into(),
-            from: party(from, 7, 3),
-            to_node_id: to,
-            to_name: format!("node{to}"),
-        }
+        Dial { resource: "web".into(), from: party(from, 7, 3), to_node_id: to, to_name: format!("node{to}") }
     }
 
     fn verdict(node_id: u32, state: AcceptorState<'_>, dial: &Dial) -> Verdict {
@@ -432,7 +430,9 @@ mod tests {
     fn long_names_are_cut_at_a_character() {
         let mut message = dial(0, 1);
         message.resource = "ä".repeat(300);
-        let Ok(Preamble::Dial(decoded)) = Preamble::decode(&Preamble::Dial(message).encode()) else { panic!() };
+        let Ok(Preamble::Dial(decoded)) = Preamble::decode(&Preamble::Dial(message).encode()) else {
+            panic!()
+        };
         assert_eq!(decoded.resource, "ä".repeat(127));
     }
 

@@ -78,7 +78,7 @@ pub(super) enum Memory {
     /// Nothing.
     None,
     /// A pool buffer.
-    Buffer(BufferRef),
+    Buffer(#[expect(dead_code, reason = "held for its count, not looked at")] BufferRef),
     /// Memory of a receiving socket.
     Recv(Box<RecvMemory>),
     /// Memory of a sending socket.
@@ -119,7 +119,11 @@ impl<C> Ring<C> {
         if !uring.params().is_feature_ext_arg() || !uring.params().is_feature_nodrop() {
             return Err(RingError::TooOld);
         }
-        Ok(Self { uring, slots: ManuallyDrop::new(Slab::with_capacity(1024)), reaped: VecDeque::with_capacity(1024) })
+        Ok(Self {
+            uring,
+            slots: ManuallyDrop::new(Slab::with_capacity(1024)),
+            reaped: VecDeque::with_capacity(1024),
+        })
     }
 
     /// Operations in flight.
@@ -137,12 +141,20 @@ impl<C> Ring<C> {
     pub(super) fn read(&mut self, fd: &Rc<OwnedFd>, buffer: BufferRef, span: FileSpan, context: C) {
         let address = buffer.address(span.buffer_offset, span.len);
         buffer.forget_crc();
-        let entry = opcode::Read::new(Fd(fd.as_raw_fd()), address, length(span.len)).offset(span.file_offset).build();
+        let entry =
+            opcode::Read::new(Fd(fd.as_raw_fd()), address, length(span.len)).offset(span.file_offset).build();
         self.start(entry, fd, Memory::Buffer(buffer), context);
     }
 
     /// Writes a pool buffer to a file; stable when it completes if `dsync`.
-    pub(super) fn write(&mut self, fd: &Rc<OwnedFd>, buffer: BufferRef, span: FileSpan, dsync: bool, context: C) {
+    pub(super) fn write(
+        &mut self,
+        fd: &Rc<OwnedFd>,
+        buffer: BufferRef,
+        span: FileSpan,
+        dsync: bool,
+        context: C,
+    ) {
         let address = buffer.address(span.buffer_offset, span.len);
         let flags = if dsync { libc::RWF_DSYNC } else { 0 };
         let entry = opcode::Write::new(Fd(fd.as_raw_fd()), address, length(span.len))
@@ -165,7 +177,13 @@ impl<C> Ring<C> {
     }
 
     /// Receives from a socket as `plan` says.
-    pub(super) fn recv(&mut self, fd: &Rc<OwnedFd>, mut memory: Box<RecvMemory>, plan: &RecvPlan, context: C) {
+    pub(super) fn recv(
+        &mut self,
+        fd: &Rc<OwnedFd>,
+        mut memory: Box<RecvMemory>,
+        plan: &RecvPlan,
+        context: C,
+    ) {
         let message = memory.prepare(plan);
         let flags = if plan.wait_all { libc::MSG_WAITALL } else { 0 };
         let poll_first = if plan.poll_first { RECV_POLL_FIRST } else { 0 };

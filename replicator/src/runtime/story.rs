@@ -13,7 +13,9 @@ pub(super) fn tell(resource: &str, event: &Event) {
         Event::Conn(from, to) => tracing::info!(resource, "conn( {from} -> {to} )"),
         Event::Repl(VolumeNr(volume), from, to) => tracing::info!(resource, volume, "repl( {from} -> {to} )"),
         Event::Disk(VolumeNr(volume), from, to) => tracing::info!(resource, volume, "disk( {from} -> {to} )"),
-        Event::PeerDisk(VolumeNr(volume), from, to) => tracing::info!(resource, volume, "pdsk( {from} -> {to} )"),
+        Event::PeerDisk(VolumeNr(volume), from, to) => {
+            tracing::info!(resource, volume, "pdsk( {from} -> {to} )");
+        }
         Event::Handshake(text) => tracing::info!(resource, "{text}"),
         Event::ResyncDone { volume: VolumeNr(volume), bits_total, bits_failed, elapsed_ms } => {
             let total_kib = bits_total * KIB_PER_BIT;

@@ -121,7 +121,8 @@ impl Receiver {
         }
         let rest = self.filled..self.wanted;
         let wait_all = rest.len() >= WAIT_ALL_BYTES;
-        let limit = if self.large { (self.end + STAGING_SMALL_BYTES).min(STAGING_BYTES) } else { STAGING_BYTES };
+        let limit =
+            if self.large { (self.end + STAGING_SMALL_BYTES).min(STAGING_BYTES) } else { STAGING_BYTES };
         let plan = RecvPlan {
             payload: rest,
             staging: if wait_all { self.end..self.end } else { self.end..limit },
@@ -155,13 +156,22 @@ impl Receiver {
     }
 
     /// A receive came back.
-    pub(super) fn on_completion(&mut self, memory: Box<RecvMemory>, result: i32, more_waiting: bool) -> Received {
+    pub(super) fn on_completion(
+        &mut self,
+        memory: Box<RecvMemory>,
+        result: i32,
+        more_waiting: bool,
+    ) -> Received {
         self.memory = Some(memory);
         let plan = self.plan.take();
         let Ok(received) = usize::try_from(result) else {
             let errno = Errno::from_raw(-result);
             self.more_waiting = true;
-            return if matches!(errno, Errno::EAGAIN | Errno::EINTR) { Received::Some } else { Received::Failed(errno) };
+            return if matches!(errno, Errno::EAGAIN | Errno::EINTR) {
+                Received::Some
+            } else {
+                Received::Failed(errno)
+            };
         };
         if received == 0 {
             return Received::End;
@@ -326,7 +336,8 @@ mod tests {
     fn heads_and_payloads_are_told_apart_whatever_their_sizes() {
         let (near, mut far) = UnixStream::pair().unwrap();
         let fd = Rc::new(OwnedFd::from(near));
-        let sizes = [1, 512, 4096, 70_000, 4096, 1 << 20, 1 << 20, 300, 40_000, 65_536, 5, 1 << 19, 4096, 4096];
+        let sizes =
+            [1, 512, 4096, 70_000, 4096, 1 << 20, 1 << 20, 300, 40_000, 65_536, 5, 1 << 19, 4096, 4096];
         let writer = std::thread::spawn(move || {
             for (nr, &size) in sizes.iter().enumerate() {
                 far.write_all(&u32::try_from(size).unwrap().to_be_bytes()).unwrap();
@@ -342,7 +353,11 @@ mod tests {
             loop {
                 if let Some(payload) = receiver.take_payload() {
                     let bytes = payload.to_bytes();
-                    assert!(bytes.iter().all(|&byte| usize::from(byte) == got.len() + 1), "payload {}", got.len());
+                    assert!(
+                        bytes.iter().all(|&byte| usize::from(byte) == got.len() + 1),
+                        "payload {}",
+                        got.len()
+                    );
                     got.push(bytes.len());
                 } else if receiver.in_payload() {
                     break;

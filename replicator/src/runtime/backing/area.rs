@@ -63,7 +63,8 @@ impl Area {
     /// No valid metadata.
     pub fn on(device: Device, kind: MetaKind) -> Result<Self, AreaError> {
         let position = kind.superblock_position(device.bytes)?;
-        let block = io::read_block(&device.file, position).map_err(device.failed("read the superblock of"))?;
+        let block =
+            io::read_block(&device.file, position).map_err(device.failed("read the superblock of"))?;
         let superblock = Superblock::decode(&block, position)?;
         let data_bytes = if kind == MetaKind::Internal { device.bytes } else { u64::MAX };
         let layout = superblock.validate(kind, data_bytes, device.bytes)?;
@@ -154,12 +155,14 @@ impl Area {
         }
         let mut bytes = vec![0; len];
         let at = self.layout.bitmap_page_byte(page);
-        io::read_bytes(&self.device.file, at, &mut bytes).map_err(self.device.failed("read the bitmap of"))?;
+        io::read_bytes(&self.device.file, at, &mut bytes)
+            .map_err(self.device.failed("read the bitmap of"))?;
         let mut words = vec![0; len / 8];
         bytes_to_words(&bytes, &mut words);
         super::mark_extent(&mut words, u64::from(page) * crate::meta::BITMAP_PAGE_BITS, extent);
         words_to_bytes(&words, &mut bytes);
-        Ok(io::write_bytes(&self.device.file, at, &bytes).map_err(self.device.failed("write the bitmap of"))?)
+        Ok(io::write_bytes(&self.device.file, at, &bytes)
+            .map_err(self.device.failed("write the bitmap of"))?)
     }
 
     /// Writes the dump text. Returns the number of unreadable bitmap pages, which are dumped as all ones.
@@ -190,8 +193,7 @@ impl Area {
 /// The values do not fit the device, or IO.
 pub fn restore(device: Device, kind: MetaKind, dump: &RestoredMeta) -> Result<Area, AreaError> {
     let data_bytes = if kind == MetaKind::Internal { device.bytes } else { u64::MAX };
-    let layout =
-        Layout::for_device(kind, data_bytes, device.bytes, dump.al_stripes, dump.al_stripe_size_4k)?;
+    let layout = Layout::for_device(kind, data_bytes, device.bytes, dump.al_stripes, dump.al_stripe_size_4k)?;
     let mut superblock = Superblock::created(&layout);
     // A dump of a larger device: what does not exist here cannot be agreed on.
     superblock.la_size = dump.la_size.min(layout.capacity());

@@ -55,7 +55,9 @@ pub enum CreateError {
     #[error(transparent)]
     Meta(#[from] MetaError),
     /// Internal metadata would cut off the end of what is there.
-    #[error("found {found}: internal metadata would cut off its end; use external metadata, shrink it, or force")]
+    #[error(
+        "found {found}: internal metadata would cut off its end; use external metadata, shrink it, or force"
+    )]
     WouldTruncate {
         /// What.
         found: Signature,
@@ -150,11 +152,20 @@ fn check_existing(
     }
     let elsewhere = [MetaKind::Internal, MetaKind::FlexExternal].into_iter().find_map(|kind| {
         let at = kind.superblock_position(device.bytes).ok().filter(|at| *at != layout.superblock_byte())?;
-        Some((drbd_version(&io::read_block(&device.file, at).ok()?)?, kind))
+        let block = io::read_block(&device.file, at).ok()?;
+        // The slots of an indexed device are each other's neighbours.
+        let neighbour = matches!(layout.kind(), MetaKind::Indexed(_))
+            && Superblock::decode(&block, at).is_ok_and(|found| found.md_size_sect == layout.md_size_sect());
+        if neighbour { None } else { Some((drbd_version(&block)?, kind)) }
     });
     let usable_kib = layout.area().start >> 10;
     for signature in &found {
-        operator.say(&format!("md_offset {}\nal_offset {}\nbm_offset {}\n", layout.superblock_byte(), layout.al_byte(), layout.bitmap_byte()));
+        operator.say(&format!(
+            "md_offset {}\nal_offset {}\nbm_offset {}\n",
+            layout.superblock_byte(),
+            layout.al_byte(),
+            layout.bitmap_byte()
+        ));
         operator.say(&format!("Found {signature}"));
         if let Some(used) = signature.used_bytes {
             operator.say(&format!("    {:8} kB data area apparently used", used >> 10));
@@ -164,7 +175,8 @@ fn check_existing(
         }
     }
     if let Some(first) = found.first() {
-        let fits = |signature: &Signature| signature.used_bytes.is_some_and(|used| used <= layout.area().start);
+        let fits =
+            |signature: &Signature| signature.used_bytes.is_some_and(|used| used <= layout.area().start);
         if layout.kind() == MetaKind::Internal && found.iter().all(fits) {
             operator.say(
                 "Even though it looks like this would place the new meta data into\nunused space, you still need to \
@@ -185,23 +197,33 @@ fn check_existing(
     }
     if let Some((version, kind)) = elsewhere {
         operator.say(&format!("Found {version} {} meta data on the same device.", style(kind)));
-        return ask(force, operator, "Do you want to proceed?", format!("there is {version} metadata for another placement"));
+        return ask(
+            force,
+            operator,
+            "Do you want to proceed?",
+            format!("there is {version} metadata for another placement"),
+        );
     }
     if !is_blank(device, layout) {
         operator.say("Found some data\n\n ==> This might destroy existing data! <==");
-        return ask(force, operator, "Do you want to proceed?", "found some data where the metadata would go".into());
+        return ask(
+            force,
+            operator,
+            "Do you want to proceed?",
+            "found some data where the metadata would go".into(),
+        );
     }
     Ok(())
 }
 
 /// Whether the places of superblock, activity log and the first bitmap page hold only zeroes.
 fn is_blank(device: &Device, layout: &Layout) -> bool {
-    [layout.superblock_byte(), layout.al_byte(), layout.bitmap_byte()].into_iter().all(|at| {
-        let mut bytes = [0; 512];
-        (0..8).all(|sector| {
-            // Behind the end of an odd area there is nothing to lose.
-            io::read_bytes(&device.file, at + sector * 512, &mut bytes).is_err() || bytes == [0; 512]
-        })
+    let log = (0..u64::from(layout.al_blocks())).map(|block| layout.al_byte() + block * BLOCK_BYTES as u64);
+    let mut places = log.chain([layout.superblock_byte(), layout.bitmap_byte()]);
+    places.all(|at| match io::read_block(&device.file, at) {
+        Ok(block) => block == [0; BLOCK_BYTES],
+        // The only bitmap page of a very small area may end before it is full.
+        Err(_) => at == layout.bitmap_byte(),
     })
 }
 

@@ -11,6 +11,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 use thiserror::Error;
 
 use super::io::AlignedBuf;
@@ -85,6 +86,12 @@ pub struct Device {
     pub note: Option<String>,
 }
 
+/// A claim is tried this often: a process just being started by another thread still has our closed
+/// descriptors for a moment, and with them the claim, until it executes its program.
+const CLAIM_ATTEMPTS: u32 = 10;
+/// Time between two attempts; together they stay below a third of a second.
+const CLAIM_PAUSE: Duration = Duration::from_millis(25);
+
 /// Devices (device number, inode) that this process opened as indexed metadata. A device stays listed
 /// after it was closed; opening it exclusively for something else strikes it off.
 static INDEXED: Mutex<BTreeSet<(u64, u64)>> = Mutex::new(BTreeSet::new());
@@ -102,7 +109,15 @@ impl Device {
             return Err(DeviceError::NotADisk { path: path.to_owned() });
         }
         let identity = if is_block { (0, found.rdev()) } else { (found.dev(), found.ino()) };
-        let (file, note) = open_file(path, access, is_block, identity)?;
+        let mut attempts = 1;
+        let (file, note) = loop {
+            match open_file(path, access, is_block, identity) {
+                Err(DeviceError::InUse { .. }) if attempts < CLAIM_ATTEMPTS => attempts += 1,
+                other => break other?,
+            }
+            #[expect(clippy::disallowed_methods, reason = "control threads may block")]
+            std::thread::sleep(CLAIM_PAUSE);
+        };
         let bytes = (&file).seek(SeekFrom::End(0)).map_err(|source| DeviceError::Io {
             path: path.to_owned(),
             what: "find the size of",
@@ -167,7 +182,10 @@ fn open_file(
         if is_block || error.raw_os_error() != Some(libc::EINVAL) {
             return Err(error);
         }
-        note = Some(format!("{}: the filesystem refuses direct IO; using synchronous buffered IO", path.display()));
+        note = Some(format!(
+            "{}: the filesystem refuses direct IO; using synchronous buffered IO",
+            path.display()
+        ));
         open(libc::O_DSYNC)
     });
     let in_use = || DeviceError::InUse { path: path.to_owned(), holder: holder_of(path, is_block, identity) };
@@ -215,7 +233,9 @@ fn held_by_this_process(identity: (u64, u64)) -> Option<File> {
         block || identity == (found.dev(), found.ino())
     };
     for entry in fs::read_dir("/proc/self/fd").ok()?.flatten() {
-        let Some(fd) = entry.file_name().to_str().and_then(|name| name.parse::<RawFd>().ok()) else { continue };
+        let Some(fd) = entry.file_name().to_str().and_then(|name| name.parse::<RawFd>().ok()) else {
+            continue;
+        };
         if !fs::metadata(entry.path()).is_ok_and(|found| is_it(&found)) {
             continue;
         }
@@ -281,7 +301,8 @@ fn holder_of(path: &Path, is_block: bool, identity: (u64, u64)) -> String {
             && let Some(part) = device_number(&entry.path().join("dev"))
         {
             let name = entry.file_name().to_string_lossy().into_owned();
-            holders.extend(block_holders(part).into_iter().map(|holder| format!("partition {name} {holder}")));
+            holders
+                .extend(block_holders(part).into_iter().map(|holder| format!("partition {name} {holder}")));
         }
     }
     holders.extend(swap_on(path));
@@ -317,7 +338,10 @@ fn block_holders(rdev: u64) -> Vec<String> {
 fn swap_on(path: &Path) -> Option<String> {
     let real = fs::canonicalize(path).ok()?;
     let swaps = fs::read_to_string("/proc/swaps").ok()?;
-    let used = swaps.lines().skip(1).any(|line| line.split_whitespace().next().is_some_and(|first| Path::new(first) == real));
+    let used = swaps
+        .lines()
+        .skip(1)
+        .any(|line| line.split_whitespace().next().is_some_and(|first| Path::new(first) == real));
     used.then(|| "used as swap space".to_owned())
 }
 
