@@ -272,7 +272,11 @@ impl BufferRef {
     /// Longer than the memory, or empty: our bug.
     #[cfg(feature = "ublk")]
     pub(super) fn set_len(&self, len_bytes: usize) {
-        assert!((1..=self.capacity()).contains(&len_bytes), "{len_bytes} bytes in a buffer of {}", self.capacity());
+        assert!(
+            (1..=self.capacity()).contains(&len_bytes),
+            "{len_bytes} bytes in a buffer of {}",
+            self.capacity()
+        );
         self.inner.len.set(len_bytes);
         self.forget_crc();
     }

@@ -58,7 +58,10 @@ pub(super) enum Context {
     ClientSend(usize),
     Disk(DiskJob),
     #[cfg(feature = "ublk")]
-    Ublk { disk: usize, tag: u16 },
+    Ublk {
+        disk: usize,
+        tag: u16,
+    },
 }
 
 impl From<DiskJob> for Context {
@@ -568,7 +571,9 @@ impl Driver {
         // With the core's count of the buffer: whoever asked may be its only owner now.
         drop(front);
         match origin {
-            Origin::Nbd { client, command, piece } => self.clients[client].on_piece(command, piece, result, data),
+            Origin::Nbd { client, command, piece } => {
+                self.clients[client].on_piece(command, piece, result, data)
+            }
             #[cfg(feature = "ublk")]
             Origin::Ublk { disk, tag } => self.ublks[disk].on_answer(tag, result, data),
         }

@@ -258,7 +258,11 @@ impl ResourceHandle {
     /// # Errors
     /// The volume has a ublk disk already, no buffers are left, or the resource has ended; the queue is dropped.
     #[cfg(feature = "ublk")]
-    pub async fn add_ublk(&self, volume: VolumeNr, queue: lockstep_ublk_frontend::Queue) -> Result<(), Refusal> {
+    pub async fn add_ublk(
+        &self,
+        volume: VolumeNr,
+        queue: lockstep_ublk_frontend::Queue,
+    ) -> Result<(), Refusal> {
         let (reply, answer) = oneshot::channel();
         self.push(Item::AddUblk { volume, queue: Box::new(queue), reply })?;
         answer.await.unwrap_or_else(|_| Err(self.ended()))

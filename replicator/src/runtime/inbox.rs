@@ -41,7 +41,11 @@ pub(super) enum Item {
     KickClients(VolumeNr),
     /// The queue of an added ublk device, to be served from now on.
     #[cfg(feature = "ublk")]
-    AddUblk { volume: VolumeNr, queue: Box<lockstep_ublk_frontend::Queue>, reply: oneshot::Sender<Result<(), Refusal>> },
+    AddUblk {
+        volume: VolumeNr,
+        queue: Box<lockstep_ublk_frontend::Queue>,
+        reply: oneshot::Sender<Result<(), Refusal>>,
+    },
     /// A helper thread has looked up a client's block status.
     Extents { client: usize, command: usize, extents: Vec<Extent> },
     /// End the thread.

@@ -78,7 +78,10 @@ pub(super) enum Memory {
     /// Nothing.
     None,
     /// A pool buffer.
-    Buffer(#[expect(dead_code, reason = "held for its count, not looked at")] BufferRef),
+    Buffer(
+        #[cfg_attr(not(feature = "ublk"), expect(dead_code, reason = "held for its count, not looked at"))]
+        BufferRef,
+    ),
     /// Memory of a receiving socket.
     Recv(Box<RecvMemory>),
     /// Memory of a sending socket.

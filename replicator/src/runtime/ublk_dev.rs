@@ -72,7 +72,8 @@ impl UblkDisk {
     /// The pool has too few; the queue is dropped.
     pub(super) fn new(volume: VolumeNr, queue: Queue, pool: &BufferPool) -> Result<Self, Refusal> {
         let bytes = buffer_bytes(&queue);
-        let buffers: Option<Vec<_>> = (0..queue.depth()).map(|_| pool.take(bytes, Account::FrontEnd)).collect();
+        let buffers: Option<Vec<_>> =
+            (0..queue.depth()).map(|_| pool.take(bytes, Account::FrontEnd)).collect();
         let Some(buffers) = buffers else {
             return Err(Refusal {
                 number: 122,
@@ -164,7 +165,12 @@ impl UblkDisk {
     }
 
     /// Commits what is answered, as far as there are buffers.
-    pub(super) fn commit_all<C>(&mut self, ring: &mut Ring<C>, pool: &BufferPool, context: impl Fn(u16) -> C) {
+    pub(super) fn commit_all<C>(
+        &mut self,
+        ring: &mut Ring<C>,
+        pool: &BufferPool,
+        context: impl Fn(u16) -> C,
+    ) {
         let bytes = buffer_bytes(&self.queue);
         while let Some(&tag) = self.answered.front() {
             let slot = &mut self.tags[usize::from(tag)];
@@ -235,7 +241,9 @@ fn failure(error: RequestError) -> IoFailure {
         RequestError::NoSpace => IoFailure::NoSpace,
         RequestError::Unsupported => IoFailure::Unsupported,
         // The block layer has no words for the rest.
-        RequestError::Io | RequestError::Invalid | RequestError::NotPrimary | RequestError::Shutdown => IoFailure::Io,
+        RequestError::Io | RequestError::Invalid | RequestError::NotPrimary | RequestError::Shutdown => {
+            IoFailure::Io
+        }
     }
 }
 
