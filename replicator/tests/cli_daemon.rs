@@ -1,5 +1,7 @@
 //! The programs as an operator uses them: one binary under its names, real daemons in their own run
 //! directories, sparse files as disks, the loopback as network.
+#![expect(clippy::unwrap_used, reason = "a test ends where something is not as it should be")]
+#![expect(clippy::print_stdout, reason = "a skipped test says why")]
 use std::net::TcpListener;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};

@@ -1,6 +1,6 @@
 //! Two resources in one process, over loopback TCP, with files as disks and an NBD client on a unix socket.
-#![expect(clippy::missing_panics_doc, reason = "a test")]
-use lockstep_replicator::core::config::{ResourceConfig, VolumeConfig};
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation, reason = "a test: what fails, panics")]
+use lockstep_replicator::core::config::{NetConfig, ResourceConfig, VolumeConfig};
 use lockstep_replicator::core::event::AdminCommand;
 use lockstep_replicator::core::state::{ConnState, DiskState};
 use lockstep_replicator::frontend::nbd::wire::cmd;
@@ -52,8 +52,7 @@ fn free_address() -> SocketAddr {
 
 fn config(id: u32) -> ResourceConfig {
     let name = |id| format!("node{id}");
-    let mut net = lockstep_replicator::core::config::NetConfig::default();
-    net.connect_int_ms = 1000;
+    let net = NetConfig { connect_int_ms: 1000, ..NetConfig::default() };
     ResourceConfig {
         name: "web".into(),
         node_id: id,
@@ -383,7 +382,7 @@ async fn clients_that_vanish_leave_nothing_behind() {
     };
     tokio::time::timeout(LIMIT, wait).await.unwrap();
     server.abort();
-    left.handle.stop().await;
+    left.down().await;
 }
 
 #[tokio::test]

@@ -141,14 +141,21 @@ async fn serve(source: Source, run_dir: &RunDir, options: &DaemonOptions) -> Res
     drop(listener);
     let _gone = std::fs::remove_file(&socket);
     tracing::info!("lockstepd ends: taking every resource down");
-    tokio::select! {
-        () = shut_down(&node) => {}
-        () = signals.next() => tracing::warn!("a second signal: ending at once; the activity log covers what was open"),
-    }
+    let all_down = tokio::select! {
+        all_down = shut_down(&node) => all_down,
+        () = signals.next() => {
+            tracing::warn!("a second signal: ending at once; the activity log covers what was open");
+            false
+        }
+    };
     connections.shutdown().await;
     nbd.stop().await;
     tracing::info!("lockstepd has ended");
-    Ok(())
+    if all_down {
+        Ok(())
+    } else {
+        Err(Failure::new(outcome::EXEC, "lockstepd: ended with a resource that was not down; see above\n"))
+    }
 }
 
 /// SIGTERM and SIGINT end the daemon; SIGHUP does nothing (the configuration is read at each `up`).
@@ -211,25 +218,31 @@ async fn bring_up(node: Arc<Node>, names: Vec<String>) {
     }
 }
 
-/// Takes everything down, side by side, users dropped.
-async fn shut_down(node: &Arc<Node>) {
+/// Takes everything down, side by side, users dropped. Answers whether all of it is down.
+async fn shut_down(node: &Arc<Node>) -> bool {
     let mut downs = JoinSet::new();
     for name in node.running() {
         let node = Arc::clone(node);
         downs.spawn(async move {
             match tokio::time::timeout(SHUTDOWN_LIMIT, node.down(&name, true)).await {
-                Ok(Ok(())) => {}
+                Ok(Ok(())) => true,
                 Ok(Err(error)) => {
                     tracing::error!(resource = %name, "{}", error_text(&name, error).1.trim_end());
+                    false
                 }
                 Err(_elapsed) => {
                     let waiting = node.waiting_for(&name).await.join("; ");
                     tracing::error!(resource = %name, waiting, "still not down after {} s: left as it is", SHUTDOWN_LIMIT.as_secs());
+                    false
                 }
             }
         });
     }
-    while downs.join_next().await.is_some() {}
+    let mut all_down = true;
+    while let Some(ended) = downs.join_next().await {
+        all_down &= matches!(ended, Ok(true));
+    }
+    all_down
 }
 
 fn error_text(object: &str, error: VerbError) -> (u8, String) {

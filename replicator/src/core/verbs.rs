@@ -293,6 +293,8 @@ impl Resource {
         }
         for volume in 0..self.devices.len() {
             self.on_detach(Reply::Internal, volume, false);
+            // With nothing in flight no further input comes that would move it.
+            self.progress_disk(volume);
         }
         self.progress_down();
     }

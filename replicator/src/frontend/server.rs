@@ -478,7 +478,7 @@ async fn client(
             locked(&resource.clients).extend(inode.map(|inode| Client { volume, inode, who }));
         }
         Err(refusal) => {
-            tracing::info!(resource = %resource.name, client = %who, %refusal, "NBD client dropped")
+            tracing::info!(resource = %resource.name, client = %who, %refusal, "NBD client dropped");
         }
     }
     Ok(())
