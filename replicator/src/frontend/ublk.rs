@@ -79,6 +79,15 @@ struct Started {
     size: SectorCount,
 }
 
+/// Which disks there are to be.
+#[derive(Clone, Copy, Debug)]
+enum Goal {
+    /// One for each exported volume.
+    AsExported,
+    /// None, whoever uses them.
+    None,
+}
+
 impl UblkDisks {
     /// No disks yet; they follow the exports of `handle` until its thread ends. `buffer_bytes` is the bound on the resource's
     /// buffers. Call on the control runtime.
@@ -125,10 +134,7 @@ impl UblkDisks {
     /// One entry for each exported volume that has no disk.
     pub async fn settle(self: &Arc<Self>) -> Result<(), Vec<NoDisk>> {
         let disks = Arc::clone(self);
-        let work = tokio::spawn(async move {
-            let exports = disks.handle.exports().borrow().clone();
-            disks.reconcile(&exports).await
-        });
+        let work = tokio::spawn(async move { disks.reconcile(Goal::AsExported).await });
         match work.await {
             Ok(failed) if failed.is_empty() => Ok(()),
             Ok(failed) => Err(failed),
@@ -142,7 +148,7 @@ impl UblkDisks {
     /// Stops and deletes every disk, whoever uses it.
     pub async fn close(self: &Arc<Self>) {
         let disks = Arc::clone(self);
-        let work = tokio::spawn(async move { disks.reconcile(&BTreeMap::new()).await });
+        let work = tokio::spawn(async move { disks.reconcile(Goal::None).await });
         if let Err(error) = work.await {
             tracing::error!(resource = self.resource, %error, "work on ublk disks has failed");
         }
@@ -193,16 +199,21 @@ impl UblkDisks {
 
     async fn watch(self: Arc<Self>, mut exports: watch::Receiver<BTreeMap<VolumeNr, SectorCount>>) {
         while exports.changed().await.is_ok() {
-            let wanted = exports.borrow_and_update().clone();
+            exports.mark_unchanged();
             // Said in the log; a verb that waits hears it as well.
-            let _said = self.reconcile(&wanted).await;
+            let _said = self.reconcile(Goal::AsExported).await;
         }
-        let _said = self.reconcile(&BTreeMap::new()).await;
+        let _said = self.reconcile(Goal::None).await;
     }
 
-    /// Makes the disks what `wanted` says. Which volumes remain without one, and why.
-    async fn reconcile(&self, wanted: &BTreeMap<VolumeNr, SectorCount>) -> Vec<NoDisk> {
+    /// Which volumes remain without a disk, and why.
+    async fn reconcile(&self, goal: Goal) -> Vec<NoDisk> {
         let mut started = self.started.lock().await;
+        // Looked at under the lock: work that waited for it must not bring back what has ended meanwhile.
+        let wanted = match goal {
+            Goal::AsExported => self.handle.exports().borrow().clone(),
+            Goal::None => BTreeMap::new(),
+        };
         let ended: Vec<VolumeNr> =
             started.keys().filter(|volume| !wanted.contains_key(volume)).copied().collect();
         for volume in ended {
@@ -212,7 +223,7 @@ impl UblkDisks {
             }
         }
         let mut failed = Vec::new();
-        for (&volume, &size) in wanted {
+        for (volume, size) in wanted {
             if let Some(disk) = started.get(&volume) {
                 if disk.size != size {
                     // The kernel cannot resize it before Linux 6.16, and a new one would take it from its users.
