@@ -1,5 +1,9 @@
 //! Two real daemons on the loopback address, their disks in files, driven by the command, loaded through NBD.
-#![allow(clippy::print_stdout, clippy::disallowed_methods, reason = "tests in real time, telling why they skip")]
+#![allow(
+    clippy::print_stdout,
+    clippy::disallowed_methods,
+    reason = "tests in real time, telling why they skip"
+)]
 #[path = "../examples/demo/cluster.rs"]
 #[allow(dead_code, reason = "shared with the demo")]
 mod cluster;
@@ -36,7 +40,9 @@ fn pair(dir: &Path, protocol: char, disk_bytes: u64, ports: Option<[u16; 4]>) ->
 
 fn connected(cluster: &Cluster, node: usize, seconds: u64) {
     cluster
-        .wait(node, "the connection", seconds, |status| status["connections"][0]["connection-state"] == "Connected")
+        .wait(node, "the connection", seconds, |status| {
+            status["connections"][0]["connection-state"] == "Connected"
+        })
         .unwrap();
 }
 
@@ -82,7 +88,10 @@ fn a_secondary_refuses_clients_and_says_why() {
     drop(client);
     let begun = Instant::now();
     while !cluster.run(0, ["secondary", RESOURCE]).unwrap().status.success() {
-        assert!(begun.elapsed() < Duration::from_secs(10), "the device stays open after its only client left");
+        assert!(
+            begun.elapsed() < Duration::from_secs(10),
+            "the device stays open after its only client left"
+        );
         pause(Duration::from_millis(50));
     }
     cluster.must(1, ["primary", RESOURCE]).unwrap();
@@ -162,7 +171,9 @@ fn killed_again_and_again(protocol: char, kills: usize, seed: u64) {
             cluster.must(secondary, ["up", RESOURCE]).unwrap();
             pause(Duration::from_millis(dice.roll(300)));
             let (back, result) = running.finish(true);
-            result.unwrap_or_else(|error| panic!("kill {kill}: the Primary's client saw the Secondary die: {error}"));
+            result.unwrap_or_else(|error| {
+                panic!("kill {kill}: the Primary's client saw the Secondary die: {error}")
+            });
             books = back;
             resynced_node = secondary;
         }
@@ -173,7 +184,10 @@ fn killed_again_and_again(protocol: char, kills: usize, seed: u64) {
             let received = if resynced_node == primary { 0 } else { number(&status, "received") * 1024 };
             let bound = area + (8 << 20);
             if resynced_node != primary && cluster.pid(resynced_node).is_some() && protocol == 'C' {
-                assert!(received <= bound || kill > 0, "kill {kill}: {received} bytes resynced, at most {bound} were dirty or hot");
+                assert!(
+                    received <= bound || kill > 0,
+                    "kill {kill}: {received} bytes resynced, at most {bound} were dirty or hot"
+                );
             }
         }
         assert_eq!(cluster.first_difference(size).unwrap(), None, "kill {kill}: the disks differ");
@@ -229,7 +243,14 @@ fn fio_verifies_while_the_link_is_cut_ten_times() {
     let report = dir.path().join("fio.json");
     let uri = format!("nbd+unix:///{RESOURCE}?socket={}", cluster.nbd_socket(0).display());
     let mut fio = Command::new("fio")
-        .args(["--name=cut", "--ioengine=nbd", "--rw=randwrite", "--bsrange=4k-128k", "--iodepth=32", "--size=200M"])
+        .args([
+            "--name=cut",
+            "--ioengine=nbd",
+            "--rw=randwrite",
+            "--bsrange=4k-128k",
+            "--iodepth=32",
+            "--size=200M",
+        ])
         .args(["--time_based", "--runtime=30", "--verify=crc32c", "--verify_backlog=512", "--verify_fatal=1"])
         .args(["--randrepeat=0", "--output-format=json"])
         .arg(format!("--uri={uri}"))
@@ -241,7 +262,11 @@ fn fio_verifies_while_the_link_is_cut_ten_times() {
     let mut dice = Dice(77);
     for cut in 0..10 {
         pause(Duration::from_millis(700 + dice.roll(1200)));
-        assert!(fio.try_wait().unwrap().is_none(), "fio ended before cut {cut}: {}", std::fs::read_to_string(&report).unwrap_or_default());
+        assert!(
+            fio.try_wait().unwrap().is_none(),
+            "fio ended before cut {cut}: {}",
+            std::fs::read_to_string(&report).unwrap_or_default()
+        );
         to_a.cut();
         to_b.cut();
         pause(Duration::from_millis(dice.roll(900)));
@@ -255,7 +280,10 @@ fn fio_verifies_while_the_link_is_cut_ten_times() {
     let json: serde_json::Value = serde_json::from_str(&text[text.find('{').unwrap()..]).unwrap();
     let job = &json["jobs"][0];
     assert_eq!(job["error"], 0, "{text}");
-    println!("fio: {} writes, {} reads verified, 10 cuts", job["write"]["total_ios"], job["read"]["total_ios"]);
+    println!(
+        "fio: {} writes, {} reads verified, 10 cuts",
+        job["write"]["total_ios"], job["read"]["total_ios"]
+    );
     assert!(job["write"]["total_ios"].as_u64().unwrap() > 500);
     let status = cluster.wait_in_sync(1, 60).unwrap();
     assert_eq!((disk(&status), peer(&status, "replication-state")), ("UpToDate", "Established"));

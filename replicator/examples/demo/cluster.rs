@@ -164,7 +164,11 @@ impl Cluster {
                 let text = fs::read_to_string(self.dir.join(format!("{name}.log"))).unwrap_or_default();
                 let tail: Vec<&str> = text.lines().rev().take(12).collect();
                 let text = tail.into_iter().rev().collect::<Vec<_>>().join("\n");
-                return Err(ClusterError::Failed { command: format!("daemon of {name}"), status: format!("{exited:?}"), text });
+                return Err(ClusterError::Failed {
+                    command: format!("daemon of {name}"),
+                    status: format!("{exited:?}"),
+                    text,
+                });
             }
             pause(Duration::from_millis(30));
         }
@@ -191,12 +195,20 @@ impl Cluster {
     }
 
     /// Runs a verb on a node.
-    pub(crate) fn run<S: AsRef<OsStr>>(&self, node: usize, args: impl IntoIterator<Item = S>) -> io::Result<Output> {
+    pub(crate) fn run<S: AsRef<OsStr>>(
+        &self,
+        node: usize,
+        args: impl IntoIterator<Item = S>,
+    ) -> io::Result<Output> {
         self.command(node).args(args).output()
     }
 
     /// Runs a verb that must succeed; gives its standard output.
-    pub(crate) fn must<S: AsRef<OsStr>>(&self, node: usize, args: impl IntoIterator<Item = S>) -> Result<String, ClusterError> {
+    pub(crate) fn must<S: AsRef<OsStr>>(
+        &self,
+        node: usize,
+        args: impl IntoIterator<Item = S>,
+    ) -> Result<String, ClusterError> {
         let mut command = self.command(node);
         command.args(args);
         let shown = format!("{command:?}");
@@ -234,7 +246,13 @@ impl Cluster {
     }
 
     /// Waits until a node's status satisfies `wanted`.
-    pub(crate) fn wait(&self, node: usize, what: &str, seconds: u64, wanted: impl Fn(&Value) -> bool) -> Result<Value, ClusterError> {
+    pub(crate) fn wait(
+        &self,
+        node: usize,
+        what: &str,
+        seconds: u64,
+        wanted: impl Fn(&Value) -> bool,
+    ) -> Result<Value, ClusterError> {
         let begun = now();
         loop {
             let status = self.status(node);
@@ -245,7 +263,11 @@ impl Cluster {
             }
             if begun.elapsed() > Duration::from_secs(seconds) {
                 let shown = status.map_or_else(|| "no answer".into(), |status| format!("{status:#}"));
-                return Err(ClusterError::Waited { what: format!("{what} on {}", self.nodes[node].name), seconds, status: shown });
+                return Err(ClusterError::Waited {
+                    what: format!("{what} on {}", self.nodes[node].name),
+                    seconds,
+                    status: shown,
+                });
             }
             pause(Duration::from_millis(20));
         }

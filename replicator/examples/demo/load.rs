@@ -50,7 +50,13 @@ impl Load {
 
     /// Writes at random until `stop` is set or the connection breaks; says how many writes were
     /// acknowledged in this run. With `depth` in flight.
-    pub(crate) fn run(&mut self, socket: &Path, export: &str, depth: usize, stop: &AtomicBool) -> io::Result<u64> {
+    pub(crate) fn run(
+        &mut self,
+        socket: &Path,
+        export: &str,
+        depth: usize,
+        stop: &AtomicBool,
+    ) -> io::Result<u64> {
         let mut client = NbdClient::connect(socket, export)?;
         let before = self.acked;
         let mut in_flight: Vec<Option<(usize, u32)>> = vec![None; depth];
@@ -60,7 +66,9 @@ impl Load {
         'run: while broken.is_none() {
             let stopping = stop.load(Ordering::Relaxed);
             while !stopping && outstanding < depth {
-                let (Some(slot), Some(at)) = (in_flight.iter().position(Option::is_none), self.pick()) else { break };
+                let (Some(slot), Some(at)) = (in_flight.iter().position(Option::is_none), self.pick()) else {
+                    break;
+                };
                 let version = self.entries[at].sent + 1;
                 fill(&mut block, self.first_block + at as u64, version);
                 self.entries[at].sent = version;
@@ -111,7 +119,12 @@ impl Load {
 
     /// Compares every block with the books. `acked_may_be_lost`: protocol A after the Primary died.
     /// A block that holds an older version than acknowledged is taken as it is from now on.
-    pub(crate) fn check(&mut self, socket: &Path, export: &str, acked_may_be_lost: bool) -> io::Result<Vec<Mismatch>> {
+    pub(crate) fn check(
+        &mut self,
+        socket: &Path,
+        export: &str,
+        acked_may_be_lost: bool,
+    ) -> io::Result<Vec<Mismatch>> {
         let mut client = NbdClient::connect(socket, export)?;
         let mut data = vec![0; 256 * BLOCK];
         let mut wrong = Vec::new();
@@ -229,7 +242,10 @@ impl Running {
 }
 
 /// A pause, where a story needs one.
-#[expect(clippy::disallowed_methods, reason = "a story told in real time; tests of the core move a clock instead")]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "a story told in real time; tests of the core move a clock instead"
+)]
 pub(crate) fn pause(time: Duration) {
     std::thread::sleep(time);
 }

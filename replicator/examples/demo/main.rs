@@ -100,8 +100,13 @@ fn run(args: &Args) -> Outcome<()> {
 }
 
 fn story(args: &Args, dir: &Path) -> Outcome<Option<Cluster>> {
-    let options = Options { protocol: args.protocol, disk_bytes: DISK_BYTES, extra: String::new(), ports: None };
-    say(&format!("Two nodes, alice and bob, on this machine; a sparse file of {} each; protocol {}.", mib(DISK_BYTES), args.protocol));
+    let options =
+        Options { protocol: args.protocol, disk_bytes: DISK_BYTES, extra: String::new(), ports: None };
+    say(&format!(
+        "Two nodes, alice and bob, on this machine; a sparse file of {} each; protocol {}.",
+        mib(DISK_BYTES),
+        args.protocol
+    ));
     let mut cluster = Cluster::new(dir, &args.program, &options)?;
     for node in 0..2 {
         cluster.create_md(node)?;
@@ -109,7 +114,9 @@ fn story(args: &Args, dir: &Path) -> Outcome<Option<Cluster>> {
         cluster.must(node, ["up", RESOURCE])?;
     }
     say("create-md and up on both: DRBD 8.4 metadata written, daemons connected, nobody's data good yet.");
-    cluster.wait(0, "the connection", 20, |status| status["connections"][0]["connection-state"] == "Connected")?;
+    cluster.wait(0, "the connection", 20, |status| {
+        status["connections"][0]["connection-state"] == "Connected"
+    })?;
 
     let begun = now();
     cluster.must(0, ["primary", "--force", RESOURCE])?;
@@ -126,27 +133,40 @@ fn story(args: &Args, dir: &Path) -> Outcome<Option<Cluster>> {
     let first = FILESYSTEM_BYTES / BLOCK as u64;
     let blocks = usize::try_from((usable - FILESYSTEM_BYTES) / BLOCK as u64)?;
     let load = Running::start(Load::new(first, blocks, 42), &cluster.nbd_socket(0), RESOURCE, DEPTH);
-    say(&format!("Verified load on alice: random 4 KiB writes, {DEPTH} in flight, each block says its number and version."));
+    say(&format!(
+        "Verified load on alice: random 4 KiB writes, {DEPTH} in flight, each block says its number and version."
+    ));
     pause(Duration::from_secs(3));
     let pid = cluster.pid(0).unwrap_or(0);
     cluster.kill(0)?;
     let died = now();
     let (mut load, broke) = load.finish(false);
     let ended = broke.err().map_or_else(|| "ended".into(), |error| error.to_string());
-    say(&format!("kill -9 of alice (pid {pid}) in the middle of it: {} writes were acknowledged to {} blocks; the client sees \"{ended}\".", load.acked, load.blocks_written()));
+    say(&format!(
+        "kill -9 of alice (pid {pid}) in the middle of it: {} writes were acknowledged to {} blocks; the client sees \"{ended}\".",
+        load.acked,
+        load.blocks_written()
+    ));
 
     cluster.must(1, ["primary", RESOURCE])?;
     let mut client = connect_soon(&cluster.nbd_socket(1))?;
     let mut block = vec![0; BLOCK];
     client.read_at(0, &mut block)?;
     drop(client);
-    say(&format!("primary on bob: he serves the disk {:.0} ms after the kill.", died.elapsed().as_secs_f64() * 1e3));
+    say(&format!(
+        "primary on bob: he serves the disk {:.0} ms after the kill.",
+        died.elapsed().as_secs_f64() * 1e3
+    ));
 
     let wrong = load.check(&cluster.nbd_socket(1), RESOURCE, args.protocol == 'A')?;
     if let Some(first) = wrong.first() {
         return Err(format!("{} blocks are wrong on bob, first {first:?}", wrong.len()).into());
     }
-    let promised = if args.protocol == 'A' { "no block is torn or foreign" } else { "every acknowledged write is there" };
+    let promised = if args.protocol == 'A' {
+        "no block is torn or foreign"
+    } else {
+        "every acknowledged write is there"
+    };
     say(&format!("All {blocks} blocks read back from bob and compared: {promised}."));
     if let Some(image) = &image {
         compare_filesystem(&cluster, dir, image)?;
@@ -201,7 +221,10 @@ fn filesystem(cluster: &Cluster, dir: &Path) -> Outcome<Option<PathBuf>> {
     let mut client = connect_soon(&cluster.nbd_socket(0))?;
     client.write_at(0, &data)?;
     client.flush()?;
-    say(&format!("An ext4 filesystem with {files} real files ({}) copied in through alice's NBD export, flushed.", mib(bytes)));
+    say(&format!(
+        "An ext4 filesystem with {files} real files ({}) copied in through alice's NBD export, flushed.",
+        mib(bytes)
+    ));
     Ok(Some(image))
 }
 
@@ -238,7 +261,11 @@ fn keep_hint(args: &Args, cluster: &Cluster) {
         say(&format!("  {program} --run-dir {} status", node.run_dir.display()));
     }
     say(&format!("  nbdinfo 'nbd+unix:///{RESOURCE}?socket={}'", cluster.nbd_socket(1).display()));
-    say(&format!("  kill -9 {}    # bob, who is Primary; then: {program} --run-dir {} primary {RESOURCE}", cluster.pid(1).unwrap_or(0), cluster.nodes[0].run_dir.display()));
+    say(&format!(
+        "  kill -9 {}    # bob, who is Primary; then: {program} --run-dir {} primary {RESOURCE}",
+        cluster.pid(1).unwrap_or(0),
+        cluster.nodes[0].run_dir.display()
+    ));
     say("Enter ends it.");
 }
 
@@ -247,4 +274,3 @@ fn wait_for_enter() {
     // End of input ends it as well.
     let _read = std::io::stdin().read_line(&mut line);
 }
-

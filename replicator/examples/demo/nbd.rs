@@ -73,7 +73,15 @@ impl NbdClient {
     }
 
     /// Sends a request; the reply comes through [`NbdClient::reply`].
-    pub(crate) fn send(&mut self, command: Command, fua: bool, cookie: u64, offset: u64, data: &[u8], len: u32) -> io::Result<()> {
+    pub(crate) fn send(
+        &mut self,
+        command: Command,
+        fua: bool,
+        cookie: u64,
+        offset: u64,
+        data: &[u8],
+        len: u32,
+    ) -> io::Result<()> {
         let mut head = Vec::with_capacity(28 + data.len());
         head.extend(REQUEST_MAGIC.to_be_bytes());
         head.extend(if fua { FLAG_FUA } else { 0 }.to_be_bytes());
@@ -105,7 +113,14 @@ impl NbdClient {
         let mut at = 0;
         while at < data.len() {
             let len = (data.len() - at).min(1 << 20);
-            self.send(Command::Read, false, 1, offset + at as u64, &[], u32::try_from(len).map_err(io::Error::other)?)?;
+            self.send(
+                Command::Read,
+                false,
+                1,
+                offset + at as u64,
+                &[],
+                u32::try_from(len).map_err(io::Error::other)?,
+            )?;
             let reply = self.reply()?;
             if reply.errno != 0 {
                 return Err(io::Error::from_raw_os_error(reply.errno.cast_signed()));

@@ -106,6 +106,7 @@ impl Resource {
                     session.ping_sent = None;
                 }
                 self.timers.stop(Timer::PingTimeout);
+                self.probe_answered();
             }
             Message::TearDown(header) => self.on_tear_down(&header.reason),
         }
@@ -242,6 +243,15 @@ impl Resource {
         } else {
             self.timers.set(Timer::Ping, quiet_until);
         }
+    }
+
+    /// Asks the peer for a sign of life now; `false` without a connection.
+    pub(super) fn probe_peer(&mut self) -> bool {
+        let Some(session) = &mut self.session else { return false };
+        session.ping_sent = Some(self.now);
+        self.send(Message::Ping(v1::Ping {}), Payload::None);
+        self.timers.set(Timer::PingTimeout, self.now.plus_ms(self.cfg.net.ping_timeout_ms));
+        true
     }
 
     pub(super) fn on_ping_timeout(&mut self) {

@@ -246,8 +246,6 @@ impl Resource {
     /// Moves every procedure that waits for a condition. Cheap when none is running.
     fn progress(&mut self) {
         self.progress_role();
-        // Before the disks as well: a detach it starts on an idle disk has nothing to wait for.
-        self.progress_down();
         for volume in 0..self.devices.len() {
             if self.devices[volume].procedure.is_some() {
                 self.progress_disk(volume);

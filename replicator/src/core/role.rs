@@ -17,6 +17,9 @@ use lockstep_proto::v1::state_request::Kind;
 use lockstep_proto::v1::volume_info::Phase;
 use lockstep_proto::{Message, v1};
 
+/// DRBD's number for a second Primary where only one is allowed.
+const MULTIPLE_PRIMARIES: i32 = -1;
+
 /// A role change on its way.
 #[derive(Debug)]
 pub(super) struct RoleChange {
@@ -29,6 +32,8 @@ pub(super) struct RoleChange {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum RoleStep {
+    /// A Primary peer stands in the way; is it still alive?
+    Probe,
     /// Waiting for the peer's consent.
     AskPeer(u64),
     /// The superblocks say Primary as soon as they are durable.
@@ -68,7 +73,9 @@ impl Resource {
 
     /// Facts that a handshake announces are about to change.
     pub(super) fn role_change_writes(&self) -> bool {
-        self.role_change.as_ref().is_some_and(|change| !matches!(change.step, RoleStep::AskPeer(_)))
+        self.role_change
+            .as_ref()
+            .is_some_and(|change| !matches!(change.step, RoleStep::Probe | RoleStep::AskPeer(_)))
     }
 
     // ---- promotion ----------------------------------------------------------------------------
@@ -78,6 +85,11 @@ impl Resource {
             return self.reply(reply, Ok(()));
         }
         if let Err(refused) = self.check_promote(force) {
+            // The Primary in the way may be a corpse nobody has noticed yet (SEM §2 #1).
+            if refused.number == MULTIPLE_PRIMARIES && self.probe_peer() {
+                self.role_change = Some(RoleChange { reply, force, step: RoleStep::Probe, left: 0 });
+                return;
+            }
             return self.reply(reply, Err(refused));
         }
         if self.conn == ConnState::Connected {
@@ -86,6 +98,18 @@ impl Resource {
         } else {
             self.role_change = Some(RoleChange { reply, force, step: RoleStep::Promote, left: 0 });
             self.promote_write();
+        }
+    }
+
+    /// The peer answered the probe: it is alive, and what it says about itself counts.
+    pub(super) fn probe_answered(&mut self) {
+        if self.role_change.as_ref().is_some_and(|change| change.step == RoleStep::Probe)
+            && let Some(change) = self.role_change.take()
+        {
+            match self.check_promote(change.force) {
+                Ok(()) => self.promote(change.reply, change.force),
+                Err(refused) => self.reply(change.reply, Err(refused)),
+            }
         }
     }
 
@@ -102,7 +126,7 @@ impl Resource {
         }
         if self.peer_role == Role::Primary && !self.cfg.net.allow_two_primaries {
             return Err(refusal(
-                -1,
+                MULTIPLE_PRIMARIES,
                 "Multiple primaries not allowed by config",
                 vec![format!("{} is Primary and connected", self.cfg.peer_name)],
                 &format!("on {}: drbdadm secondary {name}", self.cfg.peer_name),
@@ -304,7 +328,7 @@ impl Resource {
             RoleStep::Promote => self.finish_promote(),
             RoleStep::Settle => self.demote_write(),
             RoleStep::Demote => self.finish_demote(),
-            RoleStep::AskPeer(_) | RoleStep::Drain => {}
+            RoleStep::Probe | RoleStep::AskPeer(_) | RoleStep::Drain => {}
         }
     }
 
@@ -380,7 +404,7 @@ impl Resource {
             let mine_first = match promoting {
                 Some(RoleStep::AskPeer(_)) => lower,
                 Some(RoleStep::Promote) => true,
-                Some(RoleStep::Drain | RoleStep::Settle | RoleStep::Demote) | None => {
+                Some(RoleStep::Probe | RoleStep::Drain | RoleStep::Settle | RoleStep::Demote) | None => {
                     self.role == Role::Primary
                 }
             };
@@ -489,7 +513,10 @@ impl Resource {
             );
             self.reply(asked.reply, Err(refused));
         }
-        if self.role_change.as_ref().is_some_and(|change| matches!(change.step, RoleStep::AskPeer(_)))
+        if self
+            .role_change
+            .as_ref()
+            .is_some_and(|change| matches!(change.step, RoleStep::Probe | RoleStep::AskPeer(_)))
             && let Some(change) = self.role_change.take()
         {
             // Nobody left to object: judged anew, as a node on its own.
