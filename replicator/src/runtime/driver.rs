@@ -572,7 +572,7 @@ impl Driver {
         drop(front);
         match origin {
             Origin::Nbd { client, command, piece } => {
-                self.clients[client].on_piece(command, piece, result, data)
+                self.clients[client].on_piece(command, piece, result, data);
             }
             #[cfg(feature = "ublk")]
             Origin::Ublk { disk, tag } => self.ublks[disk].on_answer(tag, result, data),
