@@ -142,10 +142,9 @@ on nodo1 detach $RES
 check_equal "disk" Diskless "$(node_disk nodo1)"
 check_equal "the device as read from the peer" "$sum" "$(device_sum /dev/drbd1 $((64 << 20)))"
 check "fio without a local disk" fio_verify /dev/drbd1 libaio 16 5
+on nodo1 secondary $RES
 on nodo1 attach $RES
 wait_for in_sync 300
-fresh /dev/drbd1
-on nodo1 secondary $RES
 disks_equal "after the detour"
 
 step "the end of a daemon takes its device along"
