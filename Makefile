@@ -19,10 +19,13 @@ test:
 	@.ci/install build! ublk disk drbd nbd fio qemu net vm
 	@.ci/test
 
+# With root and a loaded ublk driver the demo uses ublk disks, which need libclang to build.
+DEMO_FEATURES := $(shell [ "$$(id -u)" = 0 ] && [ -e /dev/ublk-control ] && echo --features ublk)
+
 # Two nodes on this machine: a disk mirrored, a node killed, the other taking over, the first coming back.
 demo:
 	@.ci/install build! disk nbd fio qemu
-	cargo build --release -p lockstep-replicator --bin lockstep --example demo
+	cargo build --release -p lockstep-replicator $(DEMO_FEATURES) --bin lockstep --example demo
 	target/release/examples/demo $(DEMO_ARGS)
 
 # fmt, clippy, wasm32 build of the core, docs, licences.
