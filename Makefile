@@ -3,6 +3,8 @@ export LOCKSTEP_TEST_COUNTS
 FUZZ_SECONDS ?= 30
 # Arguments of `make demo`, for example: make demo DEMO_ARGS=--keep
 DEMO_ARGS ?=
+# Arguments of `make bench`, for example: make bench BENCH_ARGS="--check --json bench.json"
+BENCH_ARGS ?=
 
 .PHONY: all build test demo lint fuzz vm-test bench
 all: build
@@ -40,5 +42,5 @@ vm-test:
 
 # Throughput against QEMU's own mirror.
 bench:
-	@.ci/install build! fio! qemu! nbd
-	bench/run
+	@.ci/install build! bench!
+	bench/run $(BENCH_ARGS)

@@ -207,7 +207,7 @@ fn checked(mut books: Load, cluster: &Cluster, node: usize, acked_may_be_lost: b
             Err(_) => pause(Duration::from_millis(10)),
         }
     };
-    assert!(wrong.is_empty(), "kill {kill}: {} wrong blocks, first {:?}", wrong.len(), wrong[0]);
+    assert!(wrong.is_empty(), "kill {kill}: {} wrong blocks, first: {}", wrong.len(), wrong[0]);
     books
 }
 

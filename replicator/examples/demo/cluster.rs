@@ -4,6 +4,7 @@ use serde_json::Value;
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, Read as _};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -156,7 +157,7 @@ impl Cluster {
         let name = it.name;
         let begun = now();
         loop {
-            if self.run(node, ["role", RESOURCE]).is_ok_and(|output| output.status.code() != Some(20)) {
+            if UnixStream::connect(self.nodes[node].run_dir.join("control.sock")).is_ok() {
                 return Ok(());
             }
             let exited = self.nodes[node].daemon.as_mut().and_then(|daemon| daemon.try_wait().ok().flatten());

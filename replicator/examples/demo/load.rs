@@ -42,6 +42,12 @@ pub(crate) struct Mismatch {
     pub(crate) expected: String,
 }
 
+impl std::fmt::Display for Mismatch {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "block {}: {} found, {}", self.block, self.found, self.expected)
+    }
+}
+
 impl Load {
     /// Books for `blocks` blocks from `first_block` on, all still zero. `seed` decides the order of writes.
     pub(crate) fn new(first_block: u64, blocks: usize, seed: u64) -> Self {
@@ -233,11 +239,6 @@ impl Running {
             Ok(ended) => ended,
             Err(panic) => std::panic::resume_unwind(panic),
         }
-    }
-
-    /// Whether it ended by itself, for instance because the server died.
-    pub(crate) fn ended(&self) -> bool {
-        self.thread.is_finished()
     }
 }
 

@@ -17,9 +17,10 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// Size of each backing file.
-const DISK_BYTES: u64 = 256 << 20;
-/// The filesystem takes the first part of the volume, the load the rest.
+const DISK_BYTES: u64 = 1 << 30;
+/// The filesystem takes the first part of the volume, the load the part behind it.
 const FILESYSTEM_BYTES: u64 = 64 << 20;
+const LOAD_BYTES: u64 = 96 << 20;
 /// Writes in flight.
 const DEPTH: usize = 32;
 
@@ -131,7 +132,7 @@ fn story(args: &Args, dir: &Path) -> Outcome<Option<Cluster>> {
     let image = filesystem(&cluster, dir)?;
 
     let first = FILESYSTEM_BYTES / BLOCK as u64;
-    let blocks = usize::try_from((usable - FILESYSTEM_BYTES) / BLOCK as u64)?;
+    let blocks = usize::try_from(LOAD_BYTES / BLOCK as u64)?;
     let load = Running::start(Load::new(first, blocks, 42), &cluster.nbd_socket(0), RESOURCE, DEPTH);
     say(&format!(
         "Verified load on alice: random 4 KiB writes, {DEPTH} in flight, each block says its number and version."
@@ -160,7 +161,7 @@ fn story(args: &Args, dir: &Path) -> Outcome<Option<Cluster>> {
 
     let wrong = load.check(&cluster.nbd_socket(1), RESOURCE, args.protocol == 'A')?;
     if let Some(first) = wrong.first() {
-        return Err(format!("{} blocks are wrong on bob, first {first:?}", wrong.len()).into());
+        return Err(format!("{} blocks are wrong on bob, first: {first}", wrong.len()).into());
     }
     let promised = if args.protocol == 'A' {
         "no block is torn or foreign"
@@ -194,7 +195,7 @@ fn story(args: &Args, dir: &Path) -> Outcome<Option<Cluster>> {
     ));
     let wrong = load.check(&cluster.nbd_socket(1), RESOURCE, false)?;
     if let Some(first) = wrong.first() {
-        return Err(format!("{} blocks are wrong after the resync, first {first:?}", wrong.len()).into());
+        return Err(format!("{} blocks are wrong after the resync, first: {first}", wrong.len()).into());
     }
     match cluster.first_difference(usable)? {
         None => say(&format!("Both backing files compared byte by byte: {} equal.", mib(usable))),
@@ -219,6 +220,9 @@ fn filesystem(cluster: &Cluster, dir: &Path) -> Outcome<Option<PathBuf>> {
     };
     let data = std::fs::read(&image)?;
     let mut client = connect_soon(&cluster.nbd_socket(0))?;
+    if client.size < bytes_needed(&data) {
+        return Err(format!("the export has only {}", mib(client.size)).into());
+    }
     client.write_at(0, &data)?;
     client.flush()?;
     say(&format!(
@@ -226,6 +230,10 @@ fn filesystem(cluster: &Cluster, dir: &Path) -> Outcome<Option<PathBuf>> {
         mib(bytes)
     ));
     Ok(Some(image))
+}
+
+const fn bytes_needed(data: &[u8]) -> u64 {
+    data.len() as u64 + LOAD_BYTES
 }
 
 fn compare_filesystem(cluster: &Cluster, dir: &Path, image: &Path) -> Outcome<()> {

@@ -52,6 +52,7 @@ pub(super) enum DetachStep {
     Bitmap,
     AlInit,
     Superblock,
+    Close,
 }
 
 impl Resource {
@@ -133,7 +134,13 @@ impl Resource {
             device.uuids.current = masked(device.uuids.current);
         }
         device.crashed_primary = crashed;
+        // Not recorded: a bitmap identifier may come from the start of a resync.
+        device.peer_may_have_current = device.uuids.bitmap != 0;
         device.full_sync = false;
+        device.keeps_books = false;
+        // What an earlier life of this node wrote may still be in the disk's cache: the first bitmap
+        // write flushes it, before anything is concluded from it.
+        device.writes_done += 1;
         device.md_clean = false;
         device.md_disk = if found & flags::CONSISTENT == 0 {
             DiskState::Inconsistent
@@ -221,7 +228,9 @@ impl Resource {
                     *step = DetachStep::AlInit;
                     self.meta(volume, MetaWrite::AlInit, MetaContext::AlInit(volume));
                 }
-                DetachStep::Superblock => self.finish_detach(volume),
+                // Another procedure may have a write of its own on the way.
+                DetachStep::Superblock => *step = DetachStep::Close,
+                DetachStep::Close => {}
             },
             Some(DiskProcedure::Failing { .. }) | None => {}
         }
@@ -248,7 +257,6 @@ impl Resource {
         let held = u32::try_from(CONTEXT_SLOTS).unwrap_or(0).saturating_mul(ring.saturating_sub(1));
         let slots = device.cfg.al_extents.min(held).clamp(MIN_SLOTS, MAX_SLOTS);
         device.al = Some(ActivityLog::new(slots, device.size.0.div_ceil(SECTORS_PER_AL_EXTENT)));
-        device.writes_flushed = device.writes_done;
         // Without fencing, Consistent counts as UpToDate at once (SEM §5).
         let by_flags =
             if device.md_disk == DiskState::Consistent { DiskState::UpToDate } else { device.md_disk };
@@ -327,6 +335,7 @@ impl Resource {
             Some(DiskProcedure::Detach { reply, step: DetachStep::Drain, drain_through });
         self.abort_resync(volume);
         self.set_disk(volume, DiskState::Detaching);
+        self.leave_resync_states(volume);
     }
 
     /// Moves a detach or failure on when what it waits for has happened.
@@ -344,6 +353,7 @@ impl Resource {
                     self.write_bitmap(volume, BitmapThen::Disk);
                 }
             }
+            Some(DiskProcedure::Detach { step: DetachStep::Close, .. }) if idle => self.finish_detach(volume),
             Some(DiskProcedure::Failing { .. }) if idle => {
                 if let Some(DiskProcedure::Failing { reply }) = self.devices[volume].procedure.take() {
                     self.release_disk(volume);
@@ -359,6 +369,10 @@ impl Resource {
         }
     }
 
+    pub(super) fn detach_is_draining(&self, volume: usize) -> bool {
+        matches!(self.devices[volume].procedure, Some(DiskProcedure::Detach { step: DetachStep::Drain, .. }))
+    }
+
     fn finish_detach(&mut self, volume: usize) {
         let Some(DiskProcedure::Detach { reply, .. }) = self.devices[volume].procedure.take() else { return };
         self.release_disk(volume);
@@ -366,8 +380,16 @@ impl Resource {
     }
 
     fn release_disk(&mut self, volume: usize) {
+        // What the application goes on with: the peer's generation, which may have changed since our
+        // disk left; only that data may be attached again (SEM §9).
+        let nr = u32::from(self.devices[volume].nr.0);
+        let at_peer = self
+            .session
+            .as_ref()
+            .filter(|_| self.devices[volume].peer_readable())
+            .and_then(|session| session.handshake.peer_generation(nr));
         let device = &mut self.devices[volume];
-        device.exposed_uuid = device.uuids.current;
+        device.exposed_uuid = at_peer.unwrap_or(device.uuids.current);
         device.found = None;
         device.md_clean = false;
         device.md_disk = DiskState::Diskless;
@@ -375,6 +397,7 @@ impl Resource {
         device.capacity = SectorCount(0);
         device.crashed_primary = false;
         device.full_sync = false;
+        device.keeps_books = false;
         device.negotiating = false;
         if self.role != Role::Primary && self.conn < ConnState::Connected {
             device.size = SectorCount(0);
@@ -410,6 +433,12 @@ impl Resource {
                 );
                 if worse {
                     self.set_disk(volume, DiskState::Inconsistent);
+                    if self.handshake_running() {
+                        self.drop_session(
+                            ConnState::NetworkFailure,
+                            "the local disk failed during the handshake",
+                        );
+                    }
                 }
             }
             OnIoError::Detach | OnIoError::CallLocalIoError => self.fail_disk(volume, what, Some(error)),
@@ -441,6 +470,7 @@ impl Resource {
         }
         self.abort_resync(volume);
         self.set_disk(volume, DiskState::Failed);
+        self.leave_resync_states(volume);
         let device = &mut self.devices[volume];
         device.md_durable = device.md_generation;
         device.md_writing = None;
@@ -455,6 +485,7 @@ impl Resource {
             self.bitmap_then(volume, job.then);
         }
         self.open_gate_without_disk(volume);
+        self.drain_receive_queue();
         if self.role == Role::Primary && !self.devices[volume].peer_readable() {
             self.note(
                 Severity::Error,

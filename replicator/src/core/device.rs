@@ -70,6 +70,11 @@ pub(super) struct Device {
     pub(super) found: Option<Superblock>,
     pub(super) crashed_primary: bool,
     pub(super) full_sync: bool,
+    /// A resync from here was started under the current generation: the peer may have finished it,
+    /// and be Primary under that generation, without our knowing.
+    pub(super) peer_may_have_current: bool,
+    /// Marks made here for a diskless Primary are not all durable: the log must count after a crash (I1).
+    pub(super) keeps_books: bool,
     pub(super) bitmap: Bitmap,
     pub(super) al: Option<ActivityLog>,
     pub(super) al_waiters: VecDeque<AlUser>,
@@ -126,6 +131,8 @@ impl Device {
             found: None,
             crashed_primary: false,
             full_sync: false,
+            keeps_books: false,
+            peer_may_have_current: false,
             bitmap: Bitmap::default(),
             al: None,
             al_waiters: VecDeque::new(),

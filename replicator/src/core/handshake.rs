@@ -22,6 +22,11 @@ mod uuid_flags {
     pub(super) const INCONSISTENT: u32 = 4;
 }
 
+/// Volumes of a resource at most.
+const MAX_VOLUMES: usize = 1 << 16;
+/// 16 PiB; more is no size but an attack on our arithmetic.
+const MAX_SECTORS: u64 = 1 << 45;
+
 /// How far the meeting is.
 #[derive(Debug, Default)]
 pub(super) struct Handshake {
@@ -33,6 +38,11 @@ pub(super) struct Handshake {
 }
 
 impl Handshake {
+    /// The generation the peer told of last.
+    pub(super) fn peer_generation(&self, volume: u32) -> Option<u64> {
+        self.received.iter().find(|info| info.volume == volume).map(|info| info.uuid_current)
+    }
+
     pub(super) const fn is_done(&self) -> bool {
         self.done
     }
@@ -149,7 +159,7 @@ impl Resource {
         let ready = self.session.as_ref().is_some_and(|session| {
             session.handshake.hello_seen && session.handshake.sent.is_empty() && !session.handshake.done
         });
-        if !ready || self.disk_in_transit() || self.role_change_writes() {
+        if !ready || self.disk_in_transit() || self.role_change_writes() || self.rx.is_orphaned() {
             return;
         }
         if (0..self.devices.len()).any(|volume| self.md_busy(volume)) {
@@ -177,7 +187,13 @@ impl Resource {
         let [uuid_current, uuid_bitmap, uuid_history_0, uuid_history_1] = device.uuids.to_array();
         let has_disk = device.has_metadata();
         // A disk that negotiates stands for what its metadata says.
-        let disk = if device.disk == DiskState::Negotiating { device.md_disk } else { device.disk };
+        let disk = match device.disk {
+            // A Primary that gets a disk back has used the peer's since: its own is no newer, and may be
+            // a target although the node is Primary.
+            DiskState::Negotiating if self.role == Role::Primary => device.md_disk.min(DiskState::Outdated),
+            DiskState::Negotiating => device.md_disk,
+            other => other,
+        };
         let mut flags = 0;
         if self.discard_my_data {
             flags |= uuid_flags::DISCARD_MY_DATA;
@@ -227,6 +243,9 @@ impl Resource {
     pub(super) fn on_volume_info(&mut self, info: v1::VolumeInfo) {
         let Some(session) = &mut self.session else { return };
         let phase = info.phase();
+        if info.capacity_sectors.max(info.agreed_size_sectors).max(info.user_size_sectors) > MAX_SECTORS {
+            return self.protocol_error("a volume of impossible size");
+        }
         if DiskState::from_wire(info.disk_state).is_none() || Role::from_wire(info.role).is_none() {
             return self.protocol_error("a volume with an unknown state");
         }
@@ -237,6 +256,9 @@ impl Resource {
             if session.handshake.received.iter().any(|other| other.volume == info.volume) {
                 return self.protocol_error("the facts of a volume twice");
             }
+            if session.handshake.received.len() >= MAX_VOLUMES {
+                return self.protocol_error("more volumes than a resource can have");
+            }
             session.handshake.received.push(info);
             session.handshake.received_all = info.last_of_handshake != 0;
             return self.handshake_try_finish();
@@ -244,9 +266,11 @@ impl Resource {
         if !session.handshake.done {
             return self.protocol_error("an attach or update before the handshake was done");
         }
-        session.handshake.received.retain(|other| other.volume != info.volume);
+        let number = info.volume;
+        let Some(volume) = self.wire_device(number) else { return };
+        let Some(session) = &mut self.session else { return };
+        session.handshake.received.retain(|other| other.volume != number);
         session.handshake.received.push(info);
-        let Some(volume) = self.wire_device(info.volume) else { return };
         match phase {
             Phase::Handshake => {}
             Phase::Update => {
@@ -383,6 +407,10 @@ impl Resource {
             Fix::None => {}
             Fix::Finish => {
                 self.devices[volume].uuids.clear_bitmap();
+                self.md_touch(volume);
+            }
+            Fix::Rebase => {
+                self.devices[volume].uuids.bitmap = peer.uuids.current;
                 self.md_touch(volume);
             }
             Fix::UndoStart => {
@@ -541,6 +569,11 @@ impl Resource {
         let gone = device.peer_disk < DiskState::Inconsistent
             && device.peer_disk != DiskState::Negotiating
             && device.peer_disk != DiskState::Attaching;
+        if gone && self.devices[volume].repl == ReplState::WFSyncUUID {
+            // Writes that wait for this disk to be durably Inconsistent must not land on it now (I5).
+            return self
+                .drop_session(ConnState::NetworkFailure, "the source lost its disk before the resync began");
+        }
         if gone {
             self.mark_unacked(volume);
             self.abort_resync(volume);
@@ -596,6 +629,10 @@ fn obstacle_text(obstacle: Obstacle, name: &str) -> (String, String) {
         Obstacle::SourceNotUsable => {
             ("I shall become SyncSource, but my disk is not usable".into(), format!("drbdadm status {name} on both nodes"))
         }
+        Obstacle::NotTheDataLostLast => (
+            "Can only connect to the data the diskless Primary lost last: this copy misses writes that were acknowledged".into(),
+            format!("attach the disk of the Primary again, or drbdadm secondary {name} there and accept this copy"),
+        ),
         Obstacle::TargetIsPrimary => (
             "I shall become SyncTarget, but I am primary!".into(),
             format!("drbdadm secondary {name} on the node with the older data"),

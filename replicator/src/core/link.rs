@@ -210,11 +210,17 @@ impl Resource {
     /// A Primary that writes on without the peer starts a new generation, once (SEM §12).
     pub(super) fn new_generation_if_alone(&mut self, volume: usize) {
         let device = &self.devices[volume];
-        if device.disk == DiskState::UpToDate
-            && device.uuids.bitmap == 0
-            && device.mirror_mode() == MirrorMode::Nothing
-        {
-            self.bump_uuid(volume, true);
+        // A disk that is being detached may still take writes that nobody else has.
+        let good = device.disk == DiskState::UpToDate
+            || (device.disk == DiskState::Detaching
+                && device.md_disk == DiskState::UpToDate
+                && self.detach_is_draining(volume));
+        if good && device.mirror_mode() == MirrorMode::Nothing {
+            if device.uuids.bitmap == 0 {
+                self.bump_uuid(volume, true);
+            } else if device.peer_may_have_current {
+                self.bump_uuid_keeping_base(volume);
+            }
         }
     }
 
@@ -380,6 +386,16 @@ impl Resource {
         let old = std::mem::replace(&mut self.peer_role, new);
         if old != new {
             self.event(Event::PeerRole(old, new));
+            for volume in 0..self.devices.len() {
+                self.close_books(volume);
+                // Its writes wait until PRIMARY_IND is durable here: without it our log would not count.
+                if self.serves_diskless_primary(volume)
+                    && self.devices[volume].has_metadata()
+                    && self.devices[volume].procedure.is_none()
+                {
+                    self.md_touch(volume);
+                }
+            }
         }
     }
 
@@ -402,6 +418,7 @@ impl Resource {
             if self.devices[volume].has_metadata() && self.devices[volume].procedure.is_none() {
                 self.md_touch(volume);
             }
+            self.close_books(volume);
         }
     }
 }

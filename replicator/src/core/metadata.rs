@@ -62,6 +62,8 @@ pub(super) enum SuperblockThen {
 pub(super) enum BitmapThen {
     /// Nothing.
     Nothing,
+    /// The marks made for a diskless Primary are durable.
+    BooksClosed,
     /// The activity-log transaction may be written.
     AlTransaction,
     /// A step of the volume's attach or detach.
@@ -115,9 +117,8 @@ impl Resource {
         };
         set(flags::CONSISTENT, device.md_disk >= DiskState::Outdated);
         set(flags::WAS_UP_TO_DATE, device.md_disk > DiskState::Outdated);
-        let peer_diskless_primary =
-            self.peer_role == Role::Primary && device.peer_disk < DiskState::Inconsistent;
-        set(flags::PRIMARY_IND, (self.md_primary || peer_diskless_primary) && !device.md_clean);
+        let for_peer = self.serves_diskless_primary(volume) || device.keeps_books;
+        set(flags::PRIMARY_IND, (self.md_primary || for_peer) && !device.md_clean);
         set(flags::CONNECTED_IND, self.conn >= ConnState::Connected);
         set(flags::PEER_OUT_DATED, matches!(device.peer_disk, DiskState::Inconsistent | DiskState::Outdated));
         set(flags::CRASHED_PRIMARY, device.crashed_primary);
@@ -134,6 +135,27 @@ impl Resource {
             al_nr_extents: device.cfg.al_extents,
             ..found.clone()
         })
+    }
+
+    /// The peer is Primary without a disk: this copy takes its writes and keeps the books (SEM §9).
+    pub(super) fn serves_diskless_primary(&self, volume: usize) -> bool {
+        self.peer_role == Role::Primary && self.devices[volume].peer_disk < DiskState::Inconsistent
+    }
+
+    /// The peer no longer relies on our books: PRIMARY_IND stays until every mark is on disk.
+    pub(super) fn close_books(&mut self, volume: usize) {
+        let device = &self.devices[volume];
+        // A detach writes the whole bitmap anyway, a failed disk nothing.
+        if device.keeps_books && device.procedure.is_none() && !self.serves_diskless_primary(volume) {
+            self.write_bitmap(volume, BitmapThen::BooksClosed);
+        }
+    }
+
+    fn books_closed(&mut self, volume: usize) {
+        if self.devices[volume].keeps_books && !self.serves_diskless_primary(volume) {
+            self.devices[volume].keeps_books = false;
+            self.md_touch(volume);
+        }
     }
 
     /// The flags word as it would be written now.
@@ -233,6 +255,7 @@ impl Resource {
         for then in ready {
             self.superblock_then(volume, then);
         }
+        self.drain_receive_queue();
         self.handshake_try_send();
     }
 
@@ -254,6 +277,21 @@ impl Resource {
         let fresh = self.random_uuid() | u64::from(primary);
         let device = &mut self.devices[volume];
         device.uuids.bump(fresh);
+        device.peer_may_have_current = false;
+        self.md_touch(volume);
+        let device = &mut self.devices[volume];
+        device.uuid_gate = Some(device.md_generation);
+        self.md_then(volume, SuperblockThen::OpenGate);
+    }
+
+    /// A new generation while the bits stay relative to the old base (SEM §12, DRBD 9): a target that
+    /// finished its resync unnoticed holds the former current one, and must not look newer than us
+    /// when it goes on from there.
+    pub(super) fn bump_uuid_keeping_base(&mut self, volume: usize) {
+        let fresh = self.random_uuid() | 1;
+        let device = &mut self.devices[volume];
+        device.peer_may_have_current = false;
+        device.uuids.bump_keeping_base(fresh);
         self.md_touch(volume);
         let device = &mut self.devices[volume];
         device.uuid_gate = Some(device.md_generation);
@@ -363,6 +401,7 @@ impl Resource {
     pub(super) fn bitmap_then(&mut self, volume: usize, then: BitmapThen) {
         match then {
             BitmapThen::Nothing => {}
+            BitmapThen::BooksClosed => self.books_closed(volume),
             BitmapThen::AlTransaction => self.write_al_transaction(volume),
             BitmapThen::Disk => self.disk_step_done(volume),
             BitmapThen::Role => self.role_step_done(),

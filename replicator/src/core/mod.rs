@@ -71,7 +71,7 @@ enum IoContext {
     /// Makes writes stable before bitmap pages are written, counted up to this many.
     BitmapFlush { volume: usize, writes: u64 },
     /// The flush at the end of an epoch.
-    EpochFlush { volume: usize, writes: u64, session: event::SessionId },
+    EpochFlush { volume: usize, writes: u64 },
     /// Resync read on the source.
     ResyncRead { volume: usize, key: usize },
     /// Resync write on the target.
@@ -268,8 +268,8 @@ impl Resource {
             IoContext::BitmapFlush { volume, writes } => {
                 self.on_bitmap_flushed(volume, writes, result.is_ok())
             }
-            IoContext::EpochFlush { volume, writes, session } => {
-                self.on_epoch_flushed(volume, writes, session, result.is_ok());
+            IoContext::EpochFlush { volume, writes } => {
+                self.on_epoch_flushed(volume, writes, result.is_ok());
             }
             IoContext::ResyncRead { volume, key } => self.on_resync_read_done(volume, key, result),
             IoContext::ResyncWrite { volume, key } => self.on_resync_write_done(volume, key, result),

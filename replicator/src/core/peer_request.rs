@@ -4,7 +4,7 @@
 //! no later write starts until all of them are done and, with the method "flush", stable. Only then
 //! goes the barrier ack. So no write is ever stable here without all the writes its sender had seen
 //! completed before issuing it (I6).
-use super::config::WriteOrdering;
+use super::config::{Protocol, WriteOrdering};
 use super::device::AlUser;
 use super::event::{BufferId, DiskOk, DiskOp, IoError, Output, Payload, SessionId};
 use super::interval::LockOwner;
@@ -27,6 +27,8 @@ pub(super) struct PeerRequest {
     wire_request: u64,
     want_write_ack: bool,
     pub(super) al: bool,
+    /// Its sender has no disk: marked here on arrival, and written under our activity log.
+    books: bool,
 }
 
 impl PeerRequest {
@@ -40,7 +42,15 @@ impl PeerRequest {
 enum Queued {
     Write(usize),
     Barrier(u32),
+    /// Reads wait for the writes that came before them.
+    Read(v1::BlockRequest),
+    ResyncRead(v1::BlockRequest),
 }
+
+/// Writes of the peer in hand at most: beyond what its front end and largest epoch allow.
+const MAX_PEER_REQUESTS: usize = 1 << 16;
+/// Reads for the peer in flight at most.
+pub(super) const MAX_PEER_READS: usize = 1 << 13;
 
 /// The receiving side of the peer's epochs.
 #[derive(Debug, Default)]
@@ -56,6 +66,20 @@ pub(super) struct ReceiveEpochs {
     queue: VecDeque<Queued>,
     /// No write may start: the disk is not yet durably Inconsistent (I5).
     pub(super) hold: bool,
+    /// The session of these epochs is gone: what was started, or was acknowledged as received, is
+    /// finished before a new session announces anything and before this node becomes Primary.
+    orphaned: bool,
+}
+
+impl ReceiveEpochs {
+    /// Writes of a lost session are still on their way to the disk.
+    pub(super) const fn is_orphaned(&self) -> bool {
+        self.orphaned
+    }
+
+    fn is_drained(&self) -> bool {
+        self.active == 0 && self.flushing == 0 && self.queue.is_empty()
+    }
 }
 
 impl Resource {
@@ -110,6 +134,26 @@ impl Resource {
         if write.buffer.is_some() {
             self.devices[volume].counters.received_sectors += range.len().0;
         }
+        if self.peer_requests.len() >= MAX_PEER_REQUESTS {
+            return Err("more writes in flight than any node sends");
+        }
+        // Marked on arrival, not at its turn: what this node knows of the peer may change until then.
+        let device = &mut self.devices[volume];
+        let diskless = device.peer_disk < DiskState::Inconsistent;
+        let writable = device.writable();
+        let books = diskless && writable;
+        if books {
+            device.mark(range);
+            device.keeps_books = true;
+        }
+        if writable && device.repl == ReplState::WFBitMapS {
+            // Sent before its Primary knew that its disk takes part again: written here only, and our
+            // bits have left already (I1).
+            device.mark(range);
+            let note =
+                v1::OutOfSync { volume: write.volume, sector: range.start().0, nr_sectors: range.len().0 };
+            self.send(Message::OutOfSync(note), Payload::None);
+        }
         let key = self.peer_requests.insert(PeerRequest {
             session,
             volume,
@@ -120,17 +164,41 @@ impl Resource {
             wire_request: write.request,
             want_write_ack: write.want_write_ack,
             al: false,
+            books,
         });
         if write.want_recv_ack {
             let ack = self.block_ack(key, false);
             self.send(Message::RecvAck(ack), Payload::None);
         }
-        if self.rx.hold || self.rx.barrier.is_some() || !self.rx.queue.is_empty() {
+        if self.receive_must_queue() {
             self.rx.queue.push_back(Queued::Write(key));
         } else {
             self.start_peer_write(key);
         }
         Ok(())
+    }
+
+    /// No write may start now: the disk is not yet durably Inconsistent (I5), or the generation a
+    /// diskless Primary writes under, and the flag that makes our log count, are not durable (I1, I2).
+    fn receive_held(&self) -> bool {
+        self.rx.hold
+            || (0..self.devices.len()).any(|volume| {
+                self.devices[volume].writable()
+                    && self.serves_diskless_primary(volume)
+                    && self.md_busy(volume)
+            })
+    }
+
+    pub(super) fn queue_resync_read(&mut self, header: &v1::BlockRequest) {
+        self.rx.queue.push_back(Queued::ResyncRead(*header));
+    }
+
+    pub(super) fn nr_receive_queued(&self) -> usize {
+        self.rx.queue.len()
+    }
+
+    pub(super) fn receive_must_queue(&self) -> bool {
+        self.rx.barrier.is_some() || !self.rx.queue.is_empty() || self.receive_held()
     }
 
     fn start_peer_write(&mut self, key: usize) {
@@ -143,15 +211,13 @@ impl Resource {
     }
 
     pub(super) fn peer_write_locked(&mut self, volume: usize, key: usize) {
-        let device = &mut self.devices[volume];
         let range = self.peer_requests[key].range;
         // The Primary has no disk: this copy is the only one, so this node keeps the books (SEM §9).
-        if device.peer_disk < DiskState::Inconsistent && device.writable() {
-            device.mark(range);
-            if self.al_in_use(volume) && !self.al_begin(volume, AlUser::Peer(key), range.al_extents()) {
+        if self.peer_requests[key].books && self.al_in_use(volume) {
+            if !self.al_begin(volume, AlUser::Peer(key), range.al_extents()) {
                 return;
             }
-            self.peer_requests[key].al = self.al_in_use(volume);
+            self.peer_requests[key].al = true;
         }
         self.submit_peer_write(volume, key);
     }
@@ -178,7 +244,8 @@ impl Resource {
         match result {
             Ok(_) => {
                 device.counters.written_sectors += range.len().0;
-                let syncing = device.repl == ReplState::SyncTarget;
+                // Either side of a resync: the sender clears the same blocks when its own leg is done.
+                let syncing = matches!(device.repl, ReplState::SyncTarget | ReplState::SyncSource);
                 let mut ack = self.block_ack(key, false);
                 if current && syncing {
                     self.devices[volume].unmark(range);
@@ -206,10 +273,9 @@ impl Resource {
             self.al_end(volume, range.al_extents());
         }
         self.unlock(volume, range, LockOwner::Peer(key));
-        if current {
-            self.rx.active -= 1;
-            self.try_end_epoch();
-        }
+        self.rx.active -= 1;
+        self.try_end_epoch();
+        self.forget_orphaned_epochs();
         if self.devices[volume].repl == ReplState::SyncTarget {
             self.resync_target_go_on(volume);
         }
@@ -229,7 +295,10 @@ impl Resource {
     // ---- epochs -------------------------------------------------------------------------------
 
     pub(super) fn on_barrier(&mut self, epoch: u32) {
-        if self.rx.hold || self.rx.barrier.is_some() || !self.rx.queue.is_empty() {
+        if self.receive_must_queue() {
+            if self.rx.queue.len() >= MAX_PEER_REQUESTS {
+                return self.protocol_error("more barriers than any node sends");
+            }
             self.rx.queue.push_back(Queued::Barrier(epoch));
         } else {
             self.rx.barrier = Some(epoch);
@@ -238,7 +307,6 @@ impl Resource {
     }
 
     fn try_end_epoch(&mut self) {
-        let Some(session) = self.session.as_ref().map(|session| session.id) else { return };
         if self.rx.barrier.is_none() || self.rx.active != 0 || self.rx.flushing != 0 {
             return;
         }
@@ -254,7 +322,7 @@ impl Resource {
                     None,
                     false,
                     None,
-                    IoContext::EpochFlush { volume, writes, session },
+                    IoContext::EpochFlush { volume, writes },
                 );
             }
         }
@@ -263,7 +331,7 @@ impl Resource {
         }
     }
 
-    pub(super) fn on_epoch_flushed(&mut self, volume: usize, writes: u64, session: SessionId, ok: bool) {
+    pub(super) fn on_epoch_flushed(&mut self, volume: usize, writes: u64, ok: bool) {
         let device = &mut self.devices[volume];
         device.ios -= 1;
         if ok {
@@ -272,27 +340,29 @@ impl Resource {
             // The peer hears of the lost disk before the ack and marks everything it had not proven.
             self.fail_disk(volume, "a flush of the local disk failed", None);
         }
-        // After a lost connection nobody waits for it; it must not count for the next one.
-        if self.session.as_ref().is_some_and(|now| now.id == session) && self.rx.flushing > 0 {
-            self.rx.flushing -= 1;
-            if self.rx.flushing == 0 && self.rx.barrier.is_some() {
-                self.end_epoch();
-            }
+        self.rx.flushing -= 1;
+        if self.rx.flushing == 0 && self.rx.barrier.is_some() {
+            self.end_epoch();
         }
+        self.forget_orphaned_epochs();
     }
 
     fn end_epoch(&mut self) {
         if let Some(epoch) = self.rx.barrier.take() {
             let writes = std::mem::take(&mut self.rx.writes);
-            self.send(Message::BarrierAck(v1::BarrierAck { epoch, writes }), Payload::None);
+            if !self.rx.orphaned {
+                self.send(Message::BarrierAck(v1::BarrierAck { epoch, writes }), Payload::None);
+            }
         }
         self.drain_receive_queue();
     }
 
     /// Starts what waited behind a barrier or a hold, up to the next barrier.
     pub(super) fn drain_receive_queue(&mut self) {
-        while !self.rx.hold && self.rx.barrier.is_none() {
+        while self.rx.barrier.is_none() && !self.receive_held() {
             match self.rx.queue.pop_front() {
+                Some(Queued::ResyncRead(header)) => self.start_resync_read(&header),
+                Some(Queued::Read(header)) => self.start_remote_read(&header),
                 Some(Queued::Write(key)) => self.start_peer_write(key),
                 Some(Queued::Barrier(epoch)) => {
                     self.rx.barrier = Some(epoch);
@@ -303,23 +373,59 @@ impl Resource {
         }
     }
 
-    /// The connection is gone: what was not started is dropped (its sender marked it), what was
-    /// started finishes without an answer.
+    /// The connection is gone. What was started finishes without an answer; what was not is dropped
+    /// (its sender marked it), except under protocol B, where it was acknowledged as safe from the
+    /// loss of its sender: that is written, epoch by epoch.
     pub(super) fn abort_receive(&mut self) {
-        let queue = std::mem::take(&mut self.rx).queue;
-        for item in queue {
-            if let Queued::Write(key) = item {
-                let request = self.peer_requests.remove(key);
-                if let Some(buffer) = request.buffer {
-                    self.out.push_back(Output::Release(buffer));
+        self.rx.orphaned = true;
+        let keep = self.cfg.net.protocol == Protocol::B && !self.rx.hold;
+        self.rx.hold = false;
+        let queue = std::mem::take(&mut self.rx.queue);
+        if keep {
+            self.rx.queue = queue
+                .into_iter()
+                .filter(|item| matches!(item, Queued::Write(_) | Queued::Barrier(_)))
+                .collect();
+            self.try_end_epoch();
+            self.drain_receive_queue();
+        } else {
+            self.rx.barrier = None;
+            for item in queue {
+                if let Queued::Write(key) = item {
+                    let request = self.peer_requests.remove(key);
+                    if let Some(buffer) = request.buffer {
+                        self.out.push_back(Output::Release(buffer));
+                    }
                 }
             }
+        }
+        self.forget_orphaned_epochs();
+    }
+
+    /// Writes of a lost session are still on their way to the disk.
+    fn forget_orphaned_epochs(&mut self) {
+        if self.rx.orphaned && self.rx.is_drained() {
+            self.rx = ReceiveEpochs::default();
+            self.handshake_try_send();
         }
     }
 
     // ---- reads --------------------------------------------------------------------------------
 
+    /// A read of the peer's application sees every write the peer sent before it: those wait in the
+    /// queue or hold their range.
     pub(super) fn on_data_request(&mut self, header: &v1::BlockRequest) {
+        if self.remote_reads.len() + self.rx.queue.len() >= MAX_PEER_READS + MAX_PEER_REQUESTS {
+            return self.protocol_error("more reads in flight than any node sends");
+        }
+        if self.receive_must_queue() {
+            self.rx.queue.push_back(Queued::Read(*header));
+        } else {
+            self.start_remote_read(header);
+        }
+    }
+
+    fn start_remote_read(&mut self, header: &v1::BlockRequest) {
         let place = self.wire_device(header.volume).zip(range_of(header.sector, header.nr_sectors));
         let Some((volume, range)) = place.filter(|(volume, range)| {
             range.within(self.devices[*volume].size) && range.len().0 <= limits::MAX_REQUEST_SECTORS

@@ -34,7 +34,8 @@ pub(super) enum Leg {
     None,
     /// Waiting for its answer.
     Pending,
-    /// Protocol A: in the send queue; counts as done but proves nothing.
+    /// Protocol A: in the send queue; B: in the peer's memory. Counts as done beside a good local copy,
+    /// but proves nothing.
     Sent,
     /// Done.
     Ok,
@@ -199,6 +200,7 @@ impl Resource {
             }
         }
         if local {
+            self.outdate_resync_replies(volume, self.requests[key].range);
             let request = &mut self.requests[key];
             request.local = Leg::Pending;
             let (op, range, fua, buffer) = (disk_op(request.op), request.range, request.fua, request.buffer);
@@ -214,7 +216,10 @@ impl Resource {
         self.send_barriers();
         let protocol = self.cfg.net.protocol;
         let volume = self.requests[key].volume;
-        let resyncing = matches!(self.devices[volume].repl, ReplState::SyncSource | ReplState::PausedSyncS);
+        let resyncing = matches!(
+            self.devices[volume].repl,
+            ReplState::SyncSource | ReplState::PausedSyncS | ReplState::SyncTarget
+        );
         let number = u32::from(self.devices[volume].nr.0);
         let request = &mut self.requests[key];
         request.epoch = Some(epoch);
@@ -306,7 +311,9 @@ impl Resource {
             return self.protocol_error("an acknowledgement that does not fit the write it names");
         }
         match answer {
-            Answer::Received if self.cfg.net.protocol == Protocol::B => request.peer = Leg::Ok,
+            Answer::Received if request.peer == Leg::Pending && self.cfg.net.protocol == Protocol::B => {
+                request.peer = Leg::Sent;
+            }
             Answer::Received => {}
             Answer::Written => {
                 request.peer = Leg::Ok;
@@ -328,9 +335,16 @@ impl Resource {
         if request.in_sync_at_peer && request.local == Leg::Ok {
             request.in_sync_at_peer = false;
             let (volume, range) = (request.volume, request.range);
-            if self.devices[volume].repl == ReplState::SyncSource {
-                self.devices[volume].unmark(range);
-                self.source_try_finish(volume);
+            match self.devices[volume].repl {
+                ReplState::SyncSource => {
+                    self.devices[volume].unmark(range);
+                    self.source_try_finish(volume);
+                }
+                ReplState::SyncTarget => {
+                    self.devices[volume].unmark(range);
+                    self.resync_target_go_on(volume);
+                }
+                _ => {}
             }
         }
     }
@@ -351,11 +365,17 @@ impl Resource {
         if !request.completed {
             let peer_done = match request.peer {
                 Leg::Pending => false,
-                // "Sent" proves nothing: with a failed local leg wait for the barrier ack.
-                Leg::Sent => request.local == Leg::Ok,
+                // "Sent" proves nothing. Without a good local copy wait for the barrier ack: the next read
+                // goes to the peer.
+                Leg::Sent => {
+                    request.local == Leg::Ok && self.devices[request.volume].disk == DiskState::UpToDate
+                }
                 Leg::None | Leg::Ok | Leg::Failed => true,
             };
             if !peer_done {
+                if let (Leg::Sent, Some(epoch)) = (request.peer, request.epoch) {
+                    self.end_epoch_soon(epoch);
+                }
                 return;
             }
             let volume = request.volume;
@@ -365,7 +385,12 @@ impl Resource {
                 }
                 return;
             }
-            let good = request.local == Leg::Ok || matches!(request.peer, Leg::Ok | Leg::Sent);
+            let device = &self.devices[volume];
+            // A copy that is not good vouches for nothing, least of all alone (S26).
+            let good_local = device.md_disk == DiskState::UpToDate
+                && matches!(device.disk, DiskState::UpToDate | DiskState::Detaching);
+            let good =
+                (request.local == Leg::Ok && good_local) || matches!(request.peer, Leg::Ok | Leg::Sent);
             self.complete_request(key, if good { Ok(()) } else { Err(RequestError::Io) });
         }
         self.forget_if_done(key);
@@ -377,12 +402,16 @@ impl Resource {
         request.completed = true;
         let (id, volume, range, epoch) = (request.id, request.volume, request.range, request.epoch);
         self.out.push_back(Output::Complete { id, result, data: None });
-        if let Some(epoch) = epoch
-            && self.tl.close(epoch)
-        {
-            self.timers.set_if_idle(Timer::IdleBarrier, self.now.plus_ms(IDLE_BARRIER_MS));
+        if let Some(epoch) = epoch {
+            self.end_epoch_soon(epoch);
         }
         self.unlock(volume, range, LockOwner::Request(key));
+    }
+
+    fn end_epoch_soon(&mut self, epoch: EpochNr) {
+        if self.tl.close(epoch) {
+            self.timers.set_if_idle(Timer::IdleBarrier, self.now.plus_ms(IDLE_BARRIER_MS));
+        }
     }
 
     /// Fails or finishes a write that was never handed to any copy.
@@ -413,8 +442,14 @@ impl Resource {
             match owner {
                 LockOwner::Request(key) => self.request_locked(key),
                 LockOwner::Peer(key) => self.peer_write_locked(volume, key),
-                LockOwner::ResyncSource(key) => self.resync_read_locked(volume, key),
-                LockOwner::ResyncTarget(key) => self.resync_write_locked(volume, key),
+                // What an earlier owner did may have ended the resync.
+                LockOwner::ResyncSource(key) if self.resync_read_waits(volume, key) => {
+                    self.resync_read_locked(volume, key);
+                }
+                LockOwner::ResyncTarget(key) if self.resync_write_waits(volume, key) => {
+                    self.resync_write_locked(volume, key);
+                }
+                LockOwner::ResyncSource(_) | LockOwner::ResyncTarget(_) => {}
             }
         }
         self.granted = granted;
@@ -482,15 +517,15 @@ impl Resource {
     }
 
     pub(super) fn on_barrier_ack(&mut self, epoch: u32, writes: u32) {
+        if self.tl.oldest().iter().any(|key| self.requests[*key].peer == Leg::Pending) {
+            return self.protocol_error("a barrier ack before the acknowledgement of one of its writes");
+        }
         let acked = match self.tl.ack(epoch, writes) {
             Ok(acked) => acked,
             Err(error) => return self.protocol_error(&error.to_string()),
         };
         for key in &acked {
             let request = &mut self.requests[*key];
-            if request.peer == Leg::Pending {
-                return self.protocol_error("a barrier ack before the acknowledgement of one of its writes");
-            }
             if request.peer == Leg::Sent {
                 request.peer = Leg::Ok;
             }

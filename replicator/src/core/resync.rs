@@ -20,7 +20,7 @@ use super::event::{BufferId, DiskOk, DiskOp, Event, IoError, Output, Payload, Se
 use super::interval::LockOwner;
 use super::metadata::{BitmapThen, SuperblockThen};
 use super::request::range_of;
-use super::state::{ConnState, DiskState, ReplState};
+use super::state::{ConnState, DiskState, ReplState, Role};
 use super::timer::Timer;
 use super::{IoContext, Resource};
 use crate::units::{BlockRange, SECTORS_PER_BIT, Sector, SectorCount, Time};
@@ -73,6 +73,9 @@ enum RsReadStep {
     Reading,
     /// Sent; the range is held until the target's ack.
     Held,
+    /// Sent by a source that is not Primary: nothing here can write the range but the target itself,
+    /// whose writes must not wait for its own ack.
+    Sent,
 }
 
 /// A resync write on the target.
@@ -83,6 +86,8 @@ pub(super) struct RsWrite {
     seq: u32,
     buffer: Option<BufferId>,
     step: RsWriteStep,
+    /// The application wrote into the range after the request was made: the reply may be older.
+    stale: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -187,6 +192,9 @@ impl Resource {
             self.drop_payload(payload);
             return self.protocol_error("bitmap words for a volume this node does not have");
         };
+        if self.devices[volume].resync.is_none() {
+            return self.drop_payload(payload);
+        }
         let waiting = self.devices[volume].resync.as_ref().is_some_and(|resync| !resync.peer_sent_last);
         if !waiting {
             self.drop_payload(payload);
@@ -251,6 +259,7 @@ impl Resource {
         if self.devices[volume].repl != ReplState::WFBitMapS {
             return;
         }
+        self.devices[volume].peer_may_have_current = true;
         let uuids = self.devices[volume].uuids;
         let header = v1::SyncUuid {
             volume: u32::from(self.devices[volume].nr.0),
@@ -265,13 +274,30 @@ impl Resource {
         self.timers.set_if_idle(Timer::Resync, self.now.plus_ms(TICK_MS));
     }
 
+    /// Stands behind the writes that the target, if it is Primary, sent before it.
     pub(super) fn on_rs_data_request(&mut self, header: &v1::BlockRequest) {
+        let open: usize = self.devices.iter().map(|device| device.rs_reads.len()).sum();
+        if open + self.nr_receive_queued() >= super::peer_request::MAX_PEER_READS {
+            return self.protocol_error("more resync requests than the window allows");
+        }
+        if self.receive_must_queue() {
+            self.queue_resync_read(header);
+        } else {
+            self.start_resync_read(header);
+        }
+    }
+
+    pub(super) fn start_resync_read(&mut self, header: &v1::BlockRequest) {
         let place = self.wire_device(header.volume).zip(range_of(header.sector, header.nr_sectors));
         let Some((volume, range)) = place.filter(|(volume, range)| {
             range.within(self.devices[*volume].size) && range.len().0 <= limits::MAX_REQUEST_SECTORS
         }) else {
             return self.protocol_error("a resync request outside the volume");
         };
+        if self.devices[volume].resync.is_none() {
+            // The resync ended here and the peer has not heard of it yet.
+            return;
+        }
         if self.devices[volume].repl != ReplState::SyncSource {
             return self.protocol_error("a resync request, but this node is no source");
         }
@@ -286,6 +312,14 @@ impl Resource {
         if device.locks.lock(range, LockOwner::ResyncSource(key)) {
             self.resync_read_locked(volume, key);
         }
+    }
+
+    pub(super) fn resync_read_waits(&self, volume: usize, key: usize) -> bool {
+        self.devices[volume].rs_reads.get(key).is_some_and(|read| read.step == RsReadStep::Locking)
+    }
+
+    pub(super) fn resync_write_waits(&self, volume: usize, key: usize) -> bool {
+        self.devices[volume].rs_writes.get(key).is_some_and(|write| write.step == RsWriteStep::Locking)
     }
 
     pub(super) fn resync_read_locked(&mut self, volume: usize, key: usize) {
@@ -318,6 +352,10 @@ impl Resource {
                 if let Some(id) = buffer {
                     self.out.push_back(Output::Release(id));
                 }
+                if current && self.role != Role::Primary && !self.md_primary {
+                    self.devices[volume].rs_reads[key].step = RsReadStep::Sent;
+                    self.unlock(volume, range, LockOwner::ResyncSource(key));
+                }
             }
             Err(error) => {
                 if current {
@@ -347,18 +385,30 @@ impl Resource {
         let found = self.devices[volume]
             .rs_reads
             .iter()
-            .find(|(_, read)| read.request == header.request && read.step == RsReadStep::Held)
+            .find(|(_, read)| {
+                read.request == header.request && matches!(read.step, RsReadStep::Held | RsReadStep::Sent)
+            })
             .map(|(key, _)| key);
-        let Some(key) = found else { return self.protocol_error("a resync answer nobody waits for") };
-        let range = self.devices[volume].rs_reads.remove(key).range;
+        let Some(key) = found else {
+            if self.devices[volume].resync.is_none() {
+                return;
+            }
+            return self.protocol_error("a resync answer nobody waits for");
+        };
+        let RsRead { range, step, .. } = self.devices[volume].rs_reads.remove(key);
         if written {
             self.devices[volume].unmark(range);
         }
-        self.unlock(volume, range, LockOwner::ResyncSource(key));
+        if step == RsReadStep::Held {
+            self.unlock(volume, range, LockOwner::ResyncSource(key));
+        }
     }
 
     pub(super) fn on_resync_finished(&mut self, header: &v1::ResyncFinished) {
         let Some(volume) = self.wire_device(header.volume) else { return };
+        if self.devices[volume].resync.is_none() {
+            return;
+        }
         if self.devices[volume].repl != ReplState::SyncSource {
             return self.protocol_error("the end of a resync that is not running");
         }
@@ -424,6 +474,8 @@ impl Resource {
         };
         match &mut self.devices[volume].resync {
             Some(resync) if !resync.source && resync.sync_uuid.is_none() => resync.sync_uuid = Some(*header),
+            // Ended here meanwhile.
+            None => return,
             _ => return self.protocol_error("a resync nobody decided on"),
         }
         // From here on writes may come for a disk that still counts as consistent: they wait (I5).
@@ -459,11 +511,7 @@ impl Resource {
             _ => return,
         }
         self.set_repl(volume, ReplState::SyncTarget);
-        let others_wait = self.devices.iter().any(|device| device.repl == ReplState::WFSyncUUID);
-        if !others_wait {
-            self.rx.hold = false;
-            self.drain_receive_queue();
-        }
+        self.release_hold();
         self.timers.set_if_idle(Timer::Resync, self.now.plus_ms(TICK_MS));
         self.refill_budget(volume);
         self.resync_target_go_on(volume);
@@ -522,8 +570,14 @@ impl Resource {
                 resync.budget_sectors = resync.budget_sectors.saturating_sub(range.len().0);
             }
             self.next_seq = self.next_seq.wrapping_add(1);
-            let write =
-                RsWrite { session, range, seq: self.next_seq, buffer: None, step: RsWriteStep::Requested };
+            let write = RsWrite {
+                session,
+                range,
+                seq: self.next_seq,
+                buffer: None,
+                step: RsWriteStep::Requested,
+                stale: false,
+            };
             let key = device.rs_writes.insert(write);
             let header = v1::BlockRequest {
                 volume: u32::from(device.nr.0),
@@ -550,7 +604,7 @@ impl Resource {
         let key = place.and_then(|(volume, range)| self.find_rs_write(volume, header.request, range));
         let (Some((volume, range)), Some(key)) = (place, key) else {
             self.out.push_back(Output::Release(id));
-            return self.protocol_error("resync data nobody asked for");
+            return self.unexpected_resync_reply(header.volume);
         };
         self.devices[volume].counters.received_sectors += len.0;
         self.devices[volume].rs_writes[key].buffer = Some(id);
@@ -561,12 +615,49 @@ impl Resource {
         let place = self.wire_device(header.volume).zip(range_of(header.sector, header.nr_sectors));
         let key = place.and_then(|(volume, range)| self.find_rs_write(volume, header.request, range));
         let (Some((volume, range)), Some(key)) = (place, key) else {
-            return self.protocol_error("resync data nobody asked for");
+            return self.unexpected_resync_reply(header.volume);
         };
         self.lock_rs_write(volume, range, key);
     }
 
+    /// An answer to a request that is not open: broken protocol, unless our own resync just ended.
+    fn unexpected_resync_reply(&mut self, volume: u32) {
+        if self.wire_device(volume).is_none_or(|volume| self.devices[volume].resync.is_some()) {
+            self.protocol_error("resync data nobody asked for");
+        }
+    }
+
+    /// The application writes here, and this disk is a resync target: replies on their way for these
+    /// blocks may hold what was there before.
+    pub(super) fn outdate_resync_replies(&mut self, volume: usize, range: BlockRange) {
+        if self.devices[volume].repl == ReplState::SyncTarget {
+            for (_, write) in &mut self.devices[volume].rs_writes {
+                write.stale |= write.range.overlaps(range) && write.step != RsWriteStep::Writing;
+            }
+        }
+    }
+
+    /// Drops a reply that may be older than what the application wrote; its blocks stay marked and are
+    /// asked for again.
+    fn drop_stale_reply(&mut self, volume: usize, key: usize) {
+        let write = self.devices[volume].rs_writes.remove(key);
+        if let Some(buffer) = write.buffer {
+            self.out.push_back(Output::Release(buffer));
+        }
+        let request = (u64::from(write.seq) << 32) | (key as u64 & 0xffff_ffff);
+        let ack = self.read_ack(volume, write.range, request);
+        self.send(Message::NegRsDReply(ack), Payload::None);
+        if let Some(resync) = &mut self.devices[volume].resync {
+            resync.in_flight_sectors -= write.range.len().0;
+            resync.cursor = resync.cursor.min(write.range.bits_touched().start);
+        }
+        self.resync_target_go_on(volume);
+    }
+
     fn lock_rs_write(&mut self, volume: usize, range: BlockRange, key: usize) {
+        if self.devices[volume].rs_writes[key].stale {
+            return self.drop_stale_reply(volume, key);
+        }
         let device = &mut self.devices[volume];
         device.rs_writes[key].step = RsWriteStep::Locking;
         if device.locks.lock(range, LockOwner::ResyncTarget(key)) {
@@ -575,6 +666,11 @@ impl Resource {
     }
 
     pub(super) fn resync_write_locked(&mut self, volume: usize, key: usize) {
+        if self.devices[volume].rs_writes[key].stale {
+            let range = self.devices[volume].rs_writes[key].range;
+            self.unlock(volume, range, LockOwner::ResyncTarget(key));
+            return self.drop_stale_reply(volume, key);
+        }
         let write = &mut self.devices[volume].rs_writes[key];
         write.step = RsWriteStep::Writing;
         let (range, buffer) = (write.range, write.buffer);
@@ -757,6 +853,23 @@ impl Resource {
         }
     }
 
+    /// The own disk ended a resync: replication goes on as far as it can, and nobody waits for a start
+    /// that will not come.
+    pub(super) fn leave_resync_states(&mut self, volume: usize) {
+        if self.devices[volume].repl > ReplState::Established {
+            self.set_repl(volume, ReplState::Established);
+        }
+        self.release_hold();
+    }
+
+    fn release_hold(&mut self) {
+        let wanted = self.devices.iter().any(|device| device.repl == ReplState::WFSyncUUID);
+        if self.rx.hold && !wanted {
+            self.rx.hold = false;
+            self.drain_receive_queue();
+        }
+    }
+
     /// Ends a resync from outside (connection or disk lost). Bits stay; ranges in the middle of IO are
     /// let go when that IO is done.
     pub(super) fn abort_resync(&mut self, volume: usize) {
@@ -774,6 +887,7 @@ impl Resource {
                 }
                 false
             }
+            RsReadStep::Sent => false,
             RsReadStep::Held => {
                 locks.unlock(read.range, LockOwner::ResyncSource(key), &mut granted);
                 false

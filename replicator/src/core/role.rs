@@ -32,6 +32,8 @@ pub(super) struct RoleChange {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum RoleStep {
+    /// Waiting for writes of a lost session to reach the disk: a Primary's data stands still otherwise.
+    Receive,
     /// A Primary peer stands in the way; is it still alive?
     Probe,
     /// Waiting for the peer's consent.
@@ -96,8 +98,8 @@ impl Resource {
             let id = self.ask_peer(Kind::Promote, 0, 0);
             self.role_change = Some(RoleChange { reply, force, step: RoleStep::AskPeer(id), left: 0 });
         } else {
-            self.role_change = Some(RoleChange { reply, force, step: RoleStep::Promote, left: 0 });
-            self.promote_write();
+            self.role_change = Some(RoleChange { reply, force, step: RoleStep::Receive, left: 0 });
+            self.progress_role();
         }
     }
 
@@ -269,6 +271,13 @@ impl Resource {
     }
 
     pub(super) fn progress_role(&mut self) {
+        if let Some(change) = &mut self.role_change
+            && change.step == RoleStep::Receive
+            && !self.rx.is_orphaned()
+        {
+            change.step = RoleStep::Promote;
+            self.promote_write();
+        }
         let drained = self.role_change.as_ref().is_some_and(|change| change.step == RoleStep::Drain)
             && self.requests_drained();
         if !drained {
@@ -328,7 +337,7 @@ impl Resource {
             RoleStep::Promote => self.finish_promote(),
             RoleStep::Settle => self.demote_write(),
             RoleStep::Demote => self.finish_demote(),
-            RoleStep::Probe | RoleStep::AskPeer(_) | RoleStep::Drain => {}
+            RoleStep::Receive | RoleStep::Probe | RoleStep::AskPeer(_) | RoleStep::Drain => {}
         }
     }
 
@@ -403,7 +412,7 @@ impl Resource {
             let lower = self.cfg.node_id < self.cfg.peer_node_id;
             let mine_first = match promoting {
                 Some(RoleStep::AskPeer(_)) => lower,
-                Some(RoleStep::Promote) => true,
+                Some(RoleStep::Receive | RoleStep::Promote) => true,
                 Some(RoleStep::Probe | RoleStep::Drain | RoleStep::Settle | RoleStep::Demote) | None => {
                     self.role == Role::Primary
                 }
@@ -476,6 +485,27 @@ impl Resource {
         let asked = self.asked.remove(at);
         if let Some(refused) = refused {
             return self.reply(asked.reply, Err(refused));
+        }
+        let device = &self.devices[asked.volume];
+        let fits = match asked.kind {
+            Kind::StartFullSyncAsTarget => self.role != Role::Primary && self.role_change.is_none(),
+            Kind::StartFullSyncAsSource => device.disk == DiskState::UpToDate,
+            Kind::SkipInitialSync => device.uuids.current & !1 == UUID_JUST_CREATED,
+            Kind::Promote | Kind::Detach => true,
+        };
+        let ready = device.writable()
+            && device.repl == ReplState::Established
+            && device.resync.is_none()
+            && device.procedure.is_none();
+        if !fits || !ready {
+            // The peer has begun already: a new handshake brings both to the same state.
+            let facts = vec!["this node changed while the peer was asked".to_owned()];
+            self.reply(
+                asked.reply,
+                Err(refusal(-18, "In transient state, retry after next state change", facts, "try again")),
+            );
+            return self
+                .drop_session(ConnState::NetworkFailure, "the peer agreed to a change that no longer fits");
         }
         match asked.kind {
             Kind::StartFullSyncAsTarget => self.begin_resync(asked.volume, false, true, DiskState::UpToDate),

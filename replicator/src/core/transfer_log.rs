@@ -148,6 +148,12 @@ impl TransferLog {
         self.epochs.iter().flat_map(|epoch| epoch.requests.iter().copied())
     }
 
+    /// The requests of the oldest epoch.
+    #[must_use]
+    pub fn oldest(&self) -> &[usize] {
+        self.epochs.front().map_or(&[], |epoch| &epoch.requests)
+    }
+
     /// Whether everything up to `nr` was acked.
     #[must_use]
     pub fn acked_through(&self, nr: EpochNr) -> bool {

@@ -44,6 +44,12 @@ impl UuidSet {
         self.current = fresh;
     }
 
+    /// A new generation whose bits are still relative to the same older one: current goes to the history.
+    pub const fn bump_keeping_base(&mut self, fresh: u64) {
+        self.push_history(self.current);
+        self.current = fresh;
+    }
+
     /// The peer has everything: the bitmap identifier moves to the history.
     pub const fn clear_bitmap(&mut self) {
         if self.bitmap != 0 {
@@ -127,6 +133,10 @@ pub enum Rule {
     LostSyncUuidSelf = 71,
     /// The peer's generation is in our history.
     HistorySelf = 80,
+    /// Self went on after a resync whose end it missed (ours).
+    WentOnAfterFinishSelf = 72,
+    /// Peer went on after a resync whose end it missed (ours).
+    WentOnAfterFinishPeer = 52,
     /// Both went on from the same generation.
     BitmapBoth = 90,
     /// A common generation in both histories, or none at all.
@@ -142,6 +152,9 @@ pub enum Fix {
     Finish,
     /// The start of a resync that never happened: bitmap := history 1, history shifted back.
     UndoStart,
+    /// Our bits cover everything since the peer's generation: bitmap := that, so that a history of two
+    /// entries is enough however often the resync is interrupted.
+    Rebase,
 }
 
 /// What the identifiers say.
@@ -255,6 +268,10 @@ pub fn compare(me: &Side, peer: &Side) -> Comparison {
         Some(plain(target, Rule::BitmapPeer))
     } else if same(cs, hp[0]) && started(hp[0], bp) {
         Some(Comparison { peer_fix: Fix::UndoStart, ..plain(target, Rule::LostSyncUuidPeer) })
+    } else if bp != 0 && known(cs, hp) && (same(hs[0], bp) || (same(cs, hp[1]) && started(hp[1], bp))) {
+        // Our resync ended under a generation the peer has left since, or never began here: either way
+        // the peer's bits cover all that differs.
+        Some(Comparison { peer_fix: Fix::Rebase, ..plain(target, Rule::WentOnAfterFinishPeer) })
     } else if known(cs, hp) {
         Some(plain(Verdict::Target { full: true }, Rule::HistoryPeer))
     } else {
@@ -264,6 +281,8 @@ pub fn compare(me: &Side, peer: &Side) -> Comparison {
         Some(plain(source, Rule::BitmapSelf))
     } else if same(cp, hs[0]) && started(hs[0], bs) {
         Some(Comparison { fix: Fix::UndoStart, ..plain(source, Rule::LostSyncUuidSelf) })
+    } else if bs != 0 && known(cp, hs) && (same(hp[0], bs) || (same(cp, hs[1]) && started(hs[1], bs))) {
+        Some(Comparison { fix: Fix::Rebase, ..plain(source, Rule::WentOnAfterFinishSelf) })
     } else if known(cp, hs) {
         Some(plain(Verdict::Source { full: true }, Rule::HistorySelf))
     } else {
@@ -279,7 +298,12 @@ pub fn compare(me: &Side, peer: &Side) -> Comparison {
         return plain(Verdict::SplitBrain, Rule::BitmapBoth);
     }
     // DRBD 8.4 lets two empty history slots match here; an empty slot proves nothing, so it does not for us.
-    if hs.iter().any(|own| masked(*own) != 0 && hp.iter().any(|other| same(*own, *other))) {
+    let mine = [bs, hs[0], hs[1]];
+    let theirs = [bp, hp[0], hp[1]];
+    if mine
+        .iter()
+        .any(|own| masked(*own) != 0 && !just_created(*own) && theirs.iter().any(|other| same(*own, *other)))
+    {
         return plain(Verdict::SplitBrainHistory, Rule::HistoryBoth);
     }
     plain(Verdict::Unrelated, Rule::HistoryBoth)
@@ -323,6 +347,8 @@ pub enum Obstacle {
     SourceNotUsable,
     /// The target is Primary with good data.
     TargetIsPrimary,
+    /// A diskless Primary meets other data than its application was shown.
+    NotTheDataLostLast,
 }
 
 /// What the handshake of one volume leads to.
@@ -349,6 +375,9 @@ pub enum Outcome {
 pub fn decide(me: &Side, peer: &Side) -> (Comparison, Outcome) {
     let has_disk = |side: &Side| side.disk >= DiskState::Negotiating && side.disk != DiskState::DUnknown;
     if !has_disk(me) || !has_disk(peer) {
+        if lost_track(me, peer) || lost_track(peer, me) {
+            return (plain(Verdict::NoSync, Rule::Diskless), Outcome::Refuse(Obstacle::NotTheDataLostLast));
+        }
         return (plain(Verdict::NoSync, Rule::Diskless), Outcome::NoSync);
     }
     let comparison = compare(me, peer);
@@ -381,6 +410,19 @@ pub fn decide(me: &Side, peer: &Side) -> (Comparison, Outcome) {
         Verdict::Unrelated => Outcome::Refuse(Obstacle::Unrelated),
     };
     (comparison, outcome)
+}
+
+/// A diskless Primary may only go on with the generation its application was shown, or one that
+/// follows it: anything else would take acknowledged writes back under a running application.
+fn lost_track(diskless: &Side, other: &Side) -> bool {
+    let shown = masked(diskless.uuids.current);
+    let UuidSet { current, bitmap, history } = other.uuids;
+    diskless.disk < DiskState::Negotiating
+        && diskless.role == Role::Primary
+        && shown != 0
+        && other.disk >= DiskState::Outdated
+        && other.disk != DiskState::DUnknown
+        && ![current, bitmap, history[0], history[1]].iter().any(|uuid| masked(*uuid) == shown)
 }
 
 fn check_roles(source: &Side, target: &Side) -> Option<Obstacle> {
