@@ -147,6 +147,18 @@ on nodo1 attach $RES
 wait_for in_sync 300
 disks_equal "after the detour"
 
+step "a daemon that starts while the disk is mounted does not keep it"
+on nodo1 primary $RES
+within 60 mount /dev/drbd1 "$mnt" 2>/dev/null || { within 60 mkfs.ext4 -q /dev/drbd1 && within 60 mount /dev/drbd1 "$mnt"; }
+on nodo2 down $RES
+stop_node nodo2
+start_node nodo2
+on nodo2 up $RES
+wait_for in_sync 300
+within 60 umount "$mnt"
+on nodo1 secondary $RES
+check "the device is gone" no_device_left
+
 step "the end of a daemon takes its device along"
 on nodo1 primary $RES
 check "the device is there" test -b /dev/drbd1
