@@ -365,7 +365,7 @@ mod tests {
                 }
                 let on_disk: BTreeSet<u32> = table.iter().copied().collect();
                 for range in &held {
-                    for extent in range.clone() { prop_assert!(on_disk.contains(&(extent as u32))); }
+                    for extent in range.clone() { prop_assert!(on_disk.contains(&extent_number(extent))); }
                 }
             }
             for range in held { log.release(range, 2); }

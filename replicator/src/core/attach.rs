@@ -548,6 +548,7 @@ impl Resource {
 }
 
 /// Which changes of the own disk state exist (SEM §5). The last arm is "no".
+#[expect(clippy::match_like_matches_macro, reason = "a table of edges, whose last arm is \"no\"")]
 const fn legal_disk_edge(old: DiskState, new: DiskState) -> bool {
     use DiskState::{
         Attaching, Consistent, Detaching, Diskless, Failed, Inconsistent, Negotiating, Outdated, UpToDate,

@@ -76,7 +76,7 @@ impl Resource {
         self.session.as_ref().is_some_and(|session| !session.handshake.done)
     }
 
-    pub(super) fn on_hello(&mut self, hello: v1::Hello) {
+    pub(super) fn on_hello(&mut self, hello: &v1::Hello) {
         if self.session.as_ref().is_some_and(|session| session.handshake.hello_seen) {
             return self.protocol_error("a second Hello");
         }
@@ -103,7 +103,7 @@ impl Resource {
             );
             return self.refuse_peer(&why, "make the configuration equal on both nodes");
         }
-        if let Some((option, theirs, ours)) = self.incompatible_option(&hello) {
+        if let Some((option, theirs, ours)) = self.incompatible_option(hello) {
             let why = format!("incompatible {option} settings: {theirs} on {}, {ours} here", hello.node_name);
             return self.refuse_peer(&why, "make the configuration equal on both nodes");
         }

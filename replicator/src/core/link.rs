@@ -95,7 +95,7 @@ impl Resource {
             Message::OutOfSync(header) => self.on_out_of_sync(&header),
             Message::SyncUuid(header) => self.on_sync_uuid(&header),
             Message::ResyncFinished(header) => self.on_resync_finished(&header),
-            Message::Hello(header) => self.on_hello(header),
+            Message::Hello(header) => self.on_hello(&header),
             Message::VolumeInfo(header) => self.on_volume_info(header),
             Message::State(header) => self.on_peer_state(&header),
             Message::StateRequest(header) => self.on_state_request(&header),
@@ -113,6 +113,7 @@ impl Resource {
         self.drop_payload(payload);
     }
 
+    #[expect(clippy::needless_pass_by_value, reason = "who takes a payload takes the count of its buffer")]
     pub(super) fn drop_payload(&mut self, payload: Payload) {
         if let Payload::Buffer { id, .. } = payload {
             self.out.push_back(Output::Release(id));
@@ -424,6 +425,7 @@ impl Resource {
 }
 
 /// Which changes of the connection state exist (SEM §3). The last arm is "no".
+#[expect(clippy::match_like_matches_macro, reason = "a table of edges, whose last arm is \"no\"")]
 const fn legal_conn_edge(old: ConnState, new: ConnState) -> bool {
     use ConnState::{
         BrokenPipe, Connected, Connecting, Disconnecting, NetworkFailure, ProtocolError, StandAlone,

@@ -177,7 +177,7 @@ impl Resource {
             Input::DiskDone { id, result } => self.on_disk_done(id, result),
             Input::MetaDone { id, result } => self.on_meta_done(id, result),
             Input::PeerMessage { session, message, payload } => {
-                self.on_peer_message(session, message, payload)
+                self.on_peer_message(session, message, payload);
             }
             Input::PeerConnected(session) => self.on_peer_connected(session),
             Input::PeerLost { session, reason } => self.on_peer_lost(session, reason),
@@ -266,7 +266,7 @@ impl Resource {
                 self.on_remote_read_done(volume, session, request, result);
             }
             IoContext::BitmapFlush { volume, writes } => {
-                self.on_bitmap_flushed(volume, writes, result.is_ok())
+                self.on_bitmap_flushed(volume, writes, result.is_ok());
             }
             IoContext::EpochFlush { volume, writes } => {
                 self.on_epoch_flushed(volume, writes, result.is_ok());

@@ -83,6 +83,7 @@ impl ReceiveEpochs {
 }
 
 impl Resource {
+    #[expect(clippy::needless_pass_by_value, reason = "who takes a payload takes the count of its buffer")]
     pub(super) fn on_data(&mut self, header: &v1::Data, payload: Payload) {
         let Payload::Buffer { id, len } = payload else {
             return self.protocol_error("a write without data");

@@ -117,7 +117,7 @@ impl Resource {
             let nr = device.nr.0;
             match &device.procedure {
                 Some(DiskProcedure::Attach { step, .. }) => {
-                    waits.push(format!("volume {nr}: attach, writing {step:?}"))
+                    waits.push(format!("volume {nr}: attach, writing {step:?}"));
                 }
                 Some(DiskProcedure::Detach { step, .. }) => {
                     waits.push(format!("volume {nr}: detach, step {step:?}, {} IO in flight", device.ios));

@@ -143,8 +143,8 @@ impl Resource {
             RequestOp::Read | RequestOp::Write => limits::MAX_REQUEST_SECTORS,
             RequestOp::WriteZeroes { .. } | RequestOp::Discard => limits::MAX_TRIM_SECTORS,
         };
-        let aligned = request.range.start().0 % sectors_per_block == 0
-            && request.range.len().0 % sectors_per_block == 0;
+        let aligned = request.range.start().0.is_multiple_of(sectors_per_block)
+            && request.range.len().0.is_multiple_of(sectors_per_block);
         if !request.range.within(device.size) || request.range.len().0 > most || !aligned {
             return Err(RequestError::Invalid);
         }

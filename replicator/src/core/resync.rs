@@ -596,6 +596,7 @@ impl Resource {
             .then_some(key)
     }
 
+    #[expect(clippy::needless_pass_by_value, reason = "who takes a payload takes the count of its buffer")]
     pub(super) fn on_rs_data_reply(&mut self, header: &v1::BlockReply, payload: Payload) {
         let Payload::Buffer { id, len } = payload else {
             return self.protocol_error("resync data without data");
@@ -821,7 +822,7 @@ impl Resource {
         let place = self.wire_device(header.volume).zip(range_of(header.sector, header.nr_sectors));
         match place {
             Some((volume, range)) if range.within(self.devices[volume].size) => {
-                self.devices[volume].mark(range)
+                self.devices[volume].mark(range);
             }
             _ => self.protocol_error("an out-of-sync note outside the volume"),
         }

@@ -510,7 +510,7 @@ impl Resource {
         match asked.kind {
             Kind::StartFullSyncAsTarget => self.begin_resync(asked.volume, false, true, DiskState::UpToDate),
             Kind::StartFullSyncAsSource => {
-                self.begin_resync(asked.volume, true, true, DiskState::Inconsistent)
+                self.begin_resync(asked.volume, true, true, DiskState::Inconsistent);
             }
             Kind::SkipInitialSync => self.skip_initial_sync(asked.volume, asked.uuid),
             Kind::Promote | Kind::Detach => {}

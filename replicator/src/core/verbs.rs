@@ -52,23 +52,23 @@ impl Resource {
                 self.on_volume(reply, volume, |core, at| core.on_detach(reply, at, force));
             }
             AdminCommand::Connect { discard_my_data, tentative } => {
-                self.on_connect(reply, discard_my_data, tentative)
+                self.on_connect(reply, discard_my_data, tentative);
             }
             AdminCommand::Disconnect { force } => self.on_disconnect(reply, force),
             AdminCommand::Primary { force } => self.promote(reply, force),
             AdminCommand::Secondary => self.demote(reply),
             AdminCommand::Invalidate(volume) => {
                 self.on_volume(reply, volume, |core, at| {
-                    core.full_resync(reply, at, Kind::StartFullSyncAsTarget)
+                    core.full_resync(reply, at, Kind::StartFullSyncAsTarget);
                 });
             }
             AdminCommand::InvalidateRemote(volume) => {
                 self.on_volume(reply, volume, |core, at| {
-                    core.full_resync(reply, at, Kind::StartFullSyncAsSource)
+                    core.full_resync(reply, at, Kind::StartFullSyncAsSource);
                 });
             }
             AdminCommand::Outdate(volume) => {
-                self.on_volume(reply, volume, |core, at| core.outdate(reply, at))
+                self.on_volume(reply, volume, |core, at| core.outdate(reply, at));
             }
             AdminCommand::NewCurrentUuid { volume, clear_bitmap } => {
                 self.on_volume(reply, volume, |core, at| core.new_current_uuid(id, at, clear_bitmap));
