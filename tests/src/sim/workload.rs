@@ -384,8 +384,14 @@ impl Run {
     fn reign(&mut self, node: usize) {
         let other = 1 - node;
         self.writer = Some(node);
-        let connected = self.world.state(node).is_some_and(|state| state.2 == ConnState::Connected);
-        if connected {
+        // A peer without a disk says nothing about what that disk holds.
+        let with_peer = self.world.status(node).is_some_and(|status| {
+            let disk = status.connection.peer_volumes[0].peer_disk;
+            status.connection.connection == ConnState::Connected
+                && disk >= DiskState::Inconsistent
+                && disk != DiskState::DUnknown
+        });
+        if with_peer {
             return;
         }
         self.may_split = true;
