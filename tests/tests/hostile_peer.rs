@@ -36,7 +36,8 @@ fn hello(rng: &mut Rng) -> v1::Hello {
 }
 
 fn volume_info(rng: &mut Rng, known: &[u64], phase: u64) -> v1::VolumeInfo {
-    let mut uuid = || if rng.percent(70) { known[rng.below(known.len() as u64) as usize] } else { rng.next() };
+    let mut uuid =
+        || if rng.percent(70) { known[rng.below(known.len() as u64) as usize] } else { rng.next() };
     let (uuid_current, uuid_bitmap, uuid_history_0, uuid_history_1) = (uuid(), uuid(), uuid(), uuid());
     v1::VolumeInfo {
         phase: i32::try_from(phase).unwrap_or(0),
@@ -58,13 +59,36 @@ fn volume_info(rng: &mut Rng, known: &[u64], phase: u64) -> v1::VolumeInfo {
 }
 
 fn message(rng: &mut Rng, known: &[u64], ids: &[u64]) -> (Message, u64) {
-    let id = if ids.is_empty() || rng.percent(20) { number(rng, 9) } else { ids[rng.below(ids.len() as u64) as usize] };
-    let (volume, sector, nr_sectors) = (if rng.percent(95) { 0 } else { small(rng, 2) }, number(rng, 70_000), number(rng, 300));
+    let id = if ids.is_empty() || rng.percent(20) {
+        number(rng, 9)
+    } else {
+        ids[rng.below(ids.len() as u64) as usize]
+    };
+    let (volume, sector, nr_sectors) =
+        (if rng.percent(95) { 0 } else { small(rng, 2) }, number(rng, 70_000), number(rng, 300));
     let ack = v1::BlockAck { volume, sector, nr_sectors, request: id, set_in_sync: rng.percent(50) };
     let ask = v1::BlockRequest { volume, sector, nr_sectors, request: id };
     let reply = v1::BlockReply { volume, sector, nr_sectors, request: id };
-    let trim = v1::Trim { volume, sector, nr_sectors, request: id, epoch: small(rng, 4), fua: false, want_recv_ack: rng.percent(50), want_write_ack: rng.percent(50), may_unmap: true };
-    let data = v1::Data { volume, sector, request: id, epoch: small(rng, 4), fua: rng.percent(10), want_recv_ack: rng.percent(50), want_write_ack: rng.percent(50) };
+    let trim = v1::Trim {
+        volume,
+        sector,
+        nr_sectors,
+        request: id,
+        epoch: small(rng, 4),
+        fua: false,
+        want_recv_ack: rng.percent(50),
+        want_write_ack: rng.percent(50),
+        may_unmap: true,
+    };
+    let data = v1::Data {
+        volume,
+        sector,
+        request: id,
+        epoch: small(rng, 4),
+        fua: rng.percent(10),
+        want_recv_ack: rng.percent(50),
+        want_write_ack: rng.percent(50),
+    };
     let blocks = 1 + rng.below(64);
     match rng.below(30) {
         0 | 1 => (Message::Data(data), blocks),
@@ -84,8 +108,19 @@ fn message(rng: &mut Rng, known: &[u64], ids: &[u64]) -> (Message, u64) {
         17 => (Message::RsWriteAck(ack), 0),
         18 => (Message::NegRsDReply(ack), 0),
         19 => (Message::OutOfSync(v1::OutOfSync { volume, sector, nr_sectors }), 0),
-        20 | 21 => (Message::Bitmap(v1::Bitmap { volume, first_word: number(rng, 200), last: rng.percent(70) }), 0),
-        22 => (Message::SyncUuid(v1::SyncUuid { volume, sync_uuid: rng.next(), uuid_current: rng.next(), uuid_history_0: 0, uuid_history_1: 0 }), 0),
+        20 | 21 => {
+            (Message::Bitmap(v1::Bitmap { volume, first_word: number(rng, 200), last: rng.percent(70) }), 0)
+        }
+        22 => (
+            Message::SyncUuid(v1::SyncUuid {
+                volume,
+                sync_uuid: rng.next(),
+                uuid_current: rng.next(),
+                uuid_history_0: 0,
+                uuid_history_1: 0,
+            }),
+            0,
+        ),
         23 => (Message::ResyncFinished(v1::ResyncFinished { volume, failed_bits: number(rng, 2) }), 0),
         24 => {
             let phase = rng.below(4);
@@ -93,10 +128,31 @@ fn message(rng: &mut Rng, known: &[u64], ids: &[u64]) -> (Message, u64) {
         }
         25 => {
             let disk_state = small(rng, 10);
-            (Message::State(v1::State { role: small(rng, 3), volumes: vec![v1::VolumeState { volume, disk_state }] }), 0)
+            (
+                Message::State(v1::State {
+                    role: small(rng, 3),
+                    volumes: vec![v1::VolumeState { volume, disk_state }],
+                }),
+                0,
+            )
         }
-        26 | 27 => (Message::StateRequest(v1::StateRequest { id: number(rng, 5), kind: i32::try_from(rng.below(6)).unwrap_or(0), volume, uuid_current: rng.next() }), 0),
-        28 => (Message::StateReply(v1::StateReply { id: number(rng, 5), result: i32::try_from(rng.below(3)).unwrap_or(0), text: String::new() }), 0),
+        26 | 27 => (
+            Message::StateRequest(v1::StateRequest {
+                id: number(rng, 5),
+                kind: i32::try_from(rng.below(6)).unwrap_or(0),
+                volume,
+                uuid_current: rng.next(),
+            }),
+            0,
+        ),
+        28 => (
+            Message::StateReply(v1::StateReply {
+                id: number(rng, 5),
+                result: i32::try_from(rng.below(3)).unwrap_or(0),
+                text: String::new(),
+            }),
+            0,
+        ),
         _ => (Message::Hello(hello(rng)), 0),
     }
 }
@@ -172,9 +228,17 @@ fn attack(seed: u64) -> u64 {
     world.run(1000);
     assert_eq!(world.broken, None);
     let core = world.nodes[0].core.as_ref().unwrap();
-    assert!(core.is_idle(), "seed {seed}: not idle after the peer is gone: {:?}", core.status(lockstep_replicator::units::Time(world.now)).waiting_for);
+    assert!(
+        core.is_idle(),
+        "seed {seed}: not idle after the peer is gone: {:?}",
+        core.status(lockstep_replicator::units::Time(world.now)).waiting_for
+    );
     assert!(world.nodes[0].requests.is_empty(), "seed {seed}: requests without an answer");
-    assert!(world.nodes[0].verbs.is_empty(), "seed {seed}: verbs without an answer: {:?}", world.nodes[0].verbs);
+    assert!(
+        world.nodes[0].verbs.is_empty(),
+        "seed {seed}: verbs without an answer: {:?}",
+        world.nodes[0].verbs
+    );
     assert!(world.nodes[0].buffers.is_empty(), "seed {seed}: buffers kept");
     assert!(matches!(world.state(0).unwrap().0, Role::Primary | Role::Secondary));
     heard

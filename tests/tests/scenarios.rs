@@ -225,7 +225,11 @@ fn a_finished_target_that_is_promoted_does_not_hide_what_the_source_wrote_since(
     world.run(500);
     for node in 0..2 {
         let state = world.state(node).unwrap();
-        assert_eq!((state.2, state.3), (ConnState::StandAlone, ReplState::Off), "split brain not detected on n{node}");
+        assert_eq!(
+            (state.2, state.3),
+            (ConnState::StandAlone, ReplState::Off),
+            "split brain not detected on n{node}"
+        );
     }
 }
 
