@@ -3,14 +3,17 @@ export LOCKSTEP_TEST_COUNTS
 FUZZ_SECONDS ?= 30
 # Arguments of `make demo`, for example: make demo DEMO_ARGS=--keep
 DEMO_ARGS ?=
+# Arguments of `make bench`, for example: make bench BENCH_ARGS="--check --json bench.json"
+BENCH_ARGS ?=
+VM_TESTS ?=
 
 .PHONY: all build test demo lint fuzz vm-test bench
 all: build
 
 # The programs: target/release/lockstep, which is lockstepd, drbdadm, drbdsetup and drbdmeta by other names.
 build:
-	@.ci/install build!
-	cargo build --release
+	@.ci/install build! ublk
+	@.ci/build
 
 # Every test. One that cannot run here says "skipped: why".
 test:
@@ -19,9 +22,9 @@ test:
 
 # Two nodes on this machine: a disk mirrored, a node killed, the other taking over, the first coming back.
 demo:
-	@.ci/install build! disk nbd fio qemu
-	cargo build --release -p lockstep-replicator --bin lockstep --example demo
-	target/release/examples/demo $(DEMO_ARGS)
+	@.ci/install build! ublk disk nbd fio qemu
+	@.ci/build --example demo
+	@"$${CARGO_TARGET_DIR:-target}/release/examples/demo" $(DEMO_ARGS)
 
 # fmt, clippy, wasm32 build of the core, docs, licences.
 lint:
@@ -33,12 +36,13 @@ fuzz:
 	@.ci/install build!
 	@.ci/fuzz $(FUZZ_SECONDS)
 
-# The walk-through on a real ublk device, in a virtual machine.
+# The walk-through on a real ublk device, and the kernel's own DRBD on our disks, in a virtual machine. Some of them
+# only: make vm-test VM_TESTS="kernel_attach walkthrough"
 vm-test:
-	@.ci/install build! ublk disk drbd vm! vmtools!
-	tests/vm/run
+	@.ci/install build! ublk disk drbd vm vmtools
+	@.ci/vm $(VM_TESTS)
 
 # Throughput against QEMU's own mirror.
 bench:
-	@.ci/install build! fio! qemu! nbd
-	bench/run
+	@.ci/install build! bench!
+	bench/run $(BENCH_ARGS)

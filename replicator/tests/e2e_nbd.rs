@@ -15,6 +15,9 @@ mod load;
 mod nbd;
 #[path = "e2e/proxy.rs"]
 mod proxy;
+#[path = "../examples/demo/target.rs"]
+#[allow(dead_code, reason = "shared with the demo")]
+mod target;
 
 use cluster::{Cluster, Options, RESOURCE, disk, number, peer};
 use load::{BLOCK, Load, Running, pause};
@@ -27,7 +30,7 @@ use std::time::{Duration, Instant};
 const PROGRAM: &str = env!("CARGO_BIN_EXE_lockstep");
 
 fn pair(dir: &Path, protocol: char, disk_bytes: u64, ports: Option<[u16; 4]>) -> Cluster {
-    let options = Options { protocol, disk_bytes, extra: String::new(), ports };
+    let options = Options { protocol, disk_bytes, extra: String::new(), ports, ublk: false };
     let mut cluster = Cluster::new(dir, Path::new(PROGRAM), &options).unwrap();
     for node in 0..2 {
         cluster.create_md(node).unwrap();
@@ -103,7 +106,8 @@ fn a_secondary_refuses_clients_and_says_why() {
 #[test]
 fn a_full_resync_makes_both_disks_equal_whatever_was_on_them() {
     let dir = scratch();
-    let options = Options { protocol: 'C', disk_bytes: 96 << 20, extra: String::new(), ports: None };
+    let options =
+        Options { protocol: 'C', disk_bytes: 96 << 20, extra: String::new(), ports: None, ublk: false };
     let mut cluster = Cluster::new(dir.path(), Path::new(PROGRAM), &options).unwrap();
     for node in 0..2 {
         // Different bytes everywhere on the two disks.
@@ -139,7 +143,7 @@ fn killed_again_and_again(protocol: char, kills: usize, seed: u64) {
     let mut books = Load::new(first_block, usize::try_from(area).unwrap() / BLOCK, seed);
     let mut primary = 0;
     for kill in 0..kills {
-        let running = Running::start(books, &cluster.nbd_socket(primary), RESOURCE, 32);
+        let running = Running::start(books, cluster.target(primary), 32);
         pause(Duration::from_millis(50 + dice.roll(400)));
         let secondary = 1 - primary;
         let victim_is_primary = dice.roll(2) == 0;
@@ -200,14 +204,14 @@ fn killed_again_and_again(protocol: char, kills: usize, seed: u64) {
 fn checked(mut books: Load, cluster: &Cluster, node: usize, acked_may_be_lost: bool, kill: usize) -> Load {
     let begun = Instant::now();
     let wrong = loop {
-        match books.check(&cluster.nbd_socket(node), RESOURCE, acked_may_be_lost) {
+        match books.check(&cluster.target(node), acked_may_be_lost) {
             Ok(wrong) => break wrong,
             // The export appears a moment after the verb returned.
             Err(error) if begun.elapsed() > Duration::from_secs(10) => panic!("kill {kill}: {error}"),
             Err(_) => pause(Duration::from_millis(10)),
         }
     };
-    assert!(wrong.is_empty(), "kill {kill}: {} wrong blocks, first {:?}", wrong.len(), wrong[0]);
+    assert!(wrong.is_empty(), "kill {kill}: {} wrong blocks, first: {}", wrong.len(), wrong[0]);
     books
 }
 

@@ -195,6 +195,20 @@ impl DeviceLinks {
     }
 }
 
+/// Removes the links of one volume that a crash left behind: those to a ublk disk that no longer exists. Everything else is
+/// left alone. To be called when the volume is brought up: the number of the dead disk may be given to another volume, to which
+/// the old name must not lead.
+pub fn remove_stale(dev_dir: &Path, minor: u32, resource: &str, volume: u32) {
+    let by_res = dev_dir.join("drbd").join("by-res").join(resource).join(volume.to_string());
+    for path in [dev_dir.join(format!("drbd{minor}")), by_res] {
+        let Ok(found) = fs::read_link(&path) else { continue };
+        let is_dead = is_ublk_disk(&found) && path.parent().is_some_and(|dir| !dir.join(&found).exists());
+        if is_dead && let Err(error) = fs::remove_file(&path) {
+            warn!(path = %path.display(), %error, "stale device link could not be removed");
+        }
+    }
+}
+
 /// Whether a link's target has the name of a ublk disk: `ublkbN` as its last component.
 fn is_ublk_disk(target: &Path) -> bool {
     target
@@ -275,6 +289,22 @@ mod tests {
         let names: Vec<_> =
             fs::read_dir(dev.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         assert!(names.iter().all(|name| !name.to_string_lossy().contains("lockstep")), "{names:?}");
+    }
+
+    #[test]
+    fn stale_links_are_removed_and_no_others() {
+        let dev = dev();
+        let links = create(dev.path(), "ublkb0").unwrap();
+        remove_stale(dev.path(), 1, "web-root", 0);
+        assert!(links.paths().iter().all(|path| path.is_symlink()), "the disk is alive");
+        fs::remove_file(dev.path().join("ublkb0")).unwrap();
+        remove_stale(dev.path(), 2, "mail", 0);
+        assert!(links.paths().iter().all(|path| path.is_symlink()), "of another volume");
+        remove_stale(dev.path(), 1, "web-root", 0);
+        assert!(!links.paths().iter().any(|path| path.is_symlink()));
+        symlink("loop7", dev.path().join("drbd1")).unwrap();
+        remove_stale(dev.path(), 1, "web-root", 0);
+        assert!(dev.path().join("drbd1").is_symlink(), "not one of ours");
     }
 
     #[test]

@@ -1,15 +1,20 @@
 //! Two daemons on this machine, their disks in files of one folder, driven by the command as an operator would.
 use crate::load::pause;
+use crate::target::Target;
 use serde_json::Value;
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, Read as _};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 /// Name of the resource.
 pub(crate) const RESOURCE: &str = "demo";
+
+/// Minor of the first node's device; high, so that it is nobody else's.
+const FIRST_MINOR: usize = 900;
 
 /// One node.
 #[derive(Debug)]
@@ -31,6 +36,7 @@ pub(crate) struct Cluster {
     /// The configuration file.
     pub(crate) config: PathBuf,
     program: PathBuf,
+    ublk: bool,
     /// The nodes.
     pub(crate) nodes: [Node; 2],
 }
@@ -46,6 +52,8 @@ pub(crate) struct Options {
     pub(crate) extra: String,
     /// The daemons' replication addresses; the second node's peer address may be a proxy.
     pub(crate) ports: Option<[u16; 4]>,
+    /// ublk disks instead of NBD exports; needs root and the driver.
+    pub(crate) ublk: bool,
 }
 
 /// Something an operator would have to look at.
@@ -109,20 +117,21 @@ impl Cluster {
                     format!(
                         "    on {} {{\n        device /dev/drbd{};\n        disk {};\n        address 127.0.0.1:{};\n        meta-disk internal;\n    }}\n",
                         other.name,
-                        900 + host,
+                        FIRST_MINOR + host,
                         other.disk.display(),
                         port(host),
                     )
                 })
                 .collect();
+            let front_end = if options.ublk { "ublk" } else { "nbd" };
             let text = format!(
-                "resource {RESOURCE} {{\n    protocol {};\n{}    net {{ connect-int 1; }}\n    lockstep {{ front-end nbd; }}\n{hosts}}}\n",
+                "resource {RESOURCE} {{\n    protocol {};\n{}    net {{ connect-int 1; }}\n    lockstep {{ front-end {front_end}; }}\n{hosts}}}\n",
                 options.protocol, options.extra
             );
             let path = if ports[..2] == ports[2..] { config.clone() } else { node_config(dir, node.name) };
             fs::write(&path, text).map_err(io_error(here("writing the configuration")))?;
         }
-        Ok(Self { dir: dir.to_owned(), config, program: program.to_owned(), nodes })
+        Ok(Self { dir: dir.to_owned(), config, program: program.to_owned(), ublk: options.ublk, nodes })
     }
 
     fn config_of(&self, node: usize) -> PathBuf {
@@ -156,7 +165,7 @@ impl Cluster {
         let name = it.name;
         let begun = now();
         loop {
-            if self.run(node, ["role", RESOURCE]).is_ok_and(|output| output.status.code() != Some(20)) {
+            if UnixStream::connect(self.nodes[node].run_dir.join("control.sock")).is_ok() {
                 return Ok(());
             }
             let exited = self.nodes[node].daemon.as_mut().and_then(|daemon| daemon.try_wait().ok().flatten());
@@ -286,6 +295,15 @@ impl Cluster {
     /// Where a node serves its NBD export.
     pub(crate) fn nbd_socket(&self, node: usize) -> PathBuf {
         self.nodes[node].run_dir.join(format!("{RESOURCE}.nbd.sock"))
+    }
+
+    /// Where a client of a node does its IO.
+    pub(crate) fn target(&self, node: usize) -> Target {
+        if self.ublk {
+            Target::Device(format!("/dev/drbd{}", FIRST_MINOR + node).into())
+        } else {
+            Target::Nbd { socket: self.nbd_socket(node), export: RESOURCE.to_owned() }
+        }
     }
 
     /// First difference of the two data areas (the first `bytes` of each disk), if any.

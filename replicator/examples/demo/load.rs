@@ -2,9 +2,12 @@
 //! which versions were acknowledged. Afterwards each block must hold its last acknowledged version, or
 //! one written later whose answer never came.
 use crate::nbd::{Command, NbdClient};
+use crate::target::{Aligned, Target, open_direct};
 use std::io;
+use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 /// Bytes of a block.
@@ -42,21 +45,75 @@ pub(crate) struct Mismatch {
     pub(crate) expected: String,
 }
 
+impl std::fmt::Display for Mismatch {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "block {}: {} found, {}", self.block, self.found, self.expected)
+    }
+}
+
 impl Load {
     /// Books for `blocks` blocks from `first_block` on, all still zero. `seed` decides the order of writes.
     pub(crate) fn new(first_block: u64, blocks: usize, seed: u64) -> Self {
         Self { first_block, entries: vec![Entry::default(); blocks], random: seed | 1, acked: 0 }
     }
 
-    /// Writes at random until `stop` is set or the connection breaks; says how many writes were
+    /// Writes at random until `stop` is set or the disk fails; says how many writes were
     /// acknowledged in this run. With `depth` in flight.
-    pub(crate) fn run(
-        &mut self,
-        socket: &Path,
-        export: &str,
-        depth: usize,
-        stop: &AtomicBool,
-    ) -> io::Result<u64> {
+    pub(crate) fn run(&mut self, target: &Target, depth: usize, stop: &AtomicBool) -> io::Result<u64> {
+        match target {
+            Target::Nbd { socket, export } => self.run_nbd(socket, export, depth, stop),
+            Target::Device(path) => self.run_device(path, depth, stop),
+        }
+    }
+
+    /// A thread per write in flight, as an application with blocking IO would.
+    fn run_device(&mut self, path: &Path, depth: usize, stop: &AtomicBool) -> io::Result<u64> {
+        let before = self.acked;
+        let broken = Mutex::new(None);
+        let failed = AtomicBool::new(false);
+        let first_block = self.first_block;
+        let books = Mutex::new(&mut *self);
+        std::thread::scope(|scope| {
+            for _ in 0..depth {
+                scope.spawn(|| {
+                    let work = || -> io::Result<()> {
+                        let disk = open_direct(path)?;
+                        let mut memory = Aligned::new(BLOCK);
+                        while !stop.load(Ordering::Relaxed) && !failed.load(Ordering::Relaxed) {
+                            let mut locked = books.lock().unwrap_or_else(PoisonError::into_inner);
+                            let Some(at) = locked.pick() else { continue };
+                            let entry = &mut locked.entries[at];
+                            let version = entry.sent + 1;
+                            entry.sent = version;
+                            entry.busy = true;
+                            drop(locked);
+                            let block = first_block + at as u64;
+                            fill(memory.bytes(), block, version);
+                            disk.write_all_at(memory.bytes(), block * BLOCK as u64)?;
+                            let mut locked = books.lock().unwrap_or_else(PoisonError::into_inner);
+                            locked.entries[at].acked = version;
+                            locked.entries[at].busy = false;
+                            locked.acked += 1;
+                        }
+                        Ok(())
+                    };
+                    if let Err(error) = work() {
+                        failed.store(true, Ordering::Relaxed);
+                        broken.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+                    }
+                });
+            }
+        });
+        for entry in &mut self.entries {
+            entry.busy = false;
+        }
+        match broken.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            Some(error) if !stop.load(Ordering::Relaxed) => Err(error),
+            _ => Ok(self.acked - before),
+        }
+    }
+
+    fn run_nbd(&mut self, socket: &Path, export: &str, depth: usize, stop: &AtomicBool) -> io::Result<u64> {
         let mut client = NbdClient::connect(socket, export)?;
         let before = self.acked;
         let mut in_flight: Vec<Option<(usize, u32)>> = vec![None; depth];
@@ -119,18 +176,13 @@ impl Load {
 
     /// Compares every block with the books. `acked_may_be_lost`: protocol A after the Primary died.
     /// A block that holds an older version than acknowledged is taken as it is from now on.
-    pub(crate) fn check(
-        &mut self,
-        socket: &Path,
-        export: &str,
-        acked_may_be_lost: bool,
-    ) -> io::Result<Vec<Mismatch>> {
-        let mut client = NbdClient::connect(socket, export)?;
+    pub(crate) fn check(&mut self, target: &Target, acked_may_be_lost: bool) -> io::Result<Vec<Mismatch>> {
+        let mut reader = target.open()?;
         let mut data = vec![0; 256 * BLOCK];
         let mut wrong = Vec::new();
         for start in (0..self.entries.len()).step_by(256) {
             let count = (self.entries.len() - start).min(256);
-            client.read_at((self.first_block + start as u64) * BLOCK as u64, &mut data[..count * BLOCK])?;
+            reader.read_at((self.first_block + start as u64) * BLOCK as u64, &mut data[..count * BLOCK])?;
             for at in 0..count {
                 let block = self.first_block + (start + at) as u64;
                 let entry = &mut self.entries[start + at];
@@ -213,12 +265,11 @@ pub(crate) struct Running {
 
 impl Running {
     /// Starts.
-    pub(crate) fn start(mut load: Load, socket: &Path, export: &str, depth: usize) -> Self {
+    pub(crate) fn start(mut load: Load, target: Target, depth: usize) -> Self {
         let stop = std::sync::Arc::new(AtomicBool::new(false));
         let flag = stop.clone();
-        let (socket, export) = (socket.to_owned(), export.to_owned());
         let thread = std::thread::spawn(move || {
-            let result = load.run(&socket, &export, depth, &flag);
+            let result = load.run(&target, depth, &flag);
             (load, result)
         });
         Self { stop, thread }
@@ -233,11 +284,6 @@ impl Running {
             Ok(ended) => ended,
             Err(panic) => std::panic::resume_unwind(panic),
         }
-    }
-
-    /// Whether it ended by itself, for instance because the server died.
-    pub(crate) fn ended(&self) -> bool {
-        self.thread.is_finished()
     }
 }
 

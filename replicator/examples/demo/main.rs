@@ -7,19 +7,21 @@
 mod cluster;
 mod load;
 mod nbd;
+mod target;
 mod tree;
 
 use cluster::{Cluster, Options, RESOURCE, now, number};
 use load::{BLOCK, Load, Running, pause};
-use nbd::NbdClient;
 use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+use target::{Open, Target};
 
 /// Size of each backing file.
-const DISK_BYTES: u64 = 256 << 20;
-/// The filesystem takes the first part of the volume, the load the rest.
+const DISK_BYTES: u64 = 1 << 30;
+/// The filesystem takes the first part of the volume, the load the part behind it.
 const FILESYSTEM_BYTES: u64 = 64 << 20;
+const LOAD_BYTES: u64 = 96 << 20;
 /// Writes in flight.
 const DEPTH: usize = 32;
 
@@ -100,8 +102,13 @@ fn run(args: &Args) -> Outcome<()> {
 }
 
 fn story(args: &Args, dir: &Path) -> Outcome<Option<Cluster>> {
-    let options =
-        Options { protocol: args.protocol, disk_bytes: DISK_BYTES, extra: String::new(), ports: None };
+    let options = Options {
+        protocol: args.protocol,
+        disk_bytes: DISK_BYTES,
+        extra: String::new(),
+        ports: None,
+        ublk: ublk_usable(),
+    };
     say(&format!(
         "Two nodes, alice and bob, on this machine; a sparse file of {} each; protocol {}.",
         mib(DISK_BYTES),
@@ -128,11 +135,14 @@ fn story(args: &Args, dir: &Path) -> Outcome<Option<Cluster>> {
         begun.elapsed().as_secs_f64()
     ));
 
+    if let Target::Device(path) = cluster.target(0) {
+        say(&format!("The disk on alice is {}, a ublk device.", path.display()));
+    }
     let image = filesystem(&cluster, dir)?;
 
     let first = FILESYSTEM_BYTES / BLOCK as u64;
-    let blocks = usize::try_from((usable - FILESYSTEM_BYTES) / BLOCK as u64)?;
-    let load = Running::start(Load::new(first, blocks, 42), &cluster.nbd_socket(0), RESOURCE, DEPTH);
+    let blocks = usize::try_from(LOAD_BYTES / BLOCK as u64)?;
+    let load = Running::start(Load::new(first, blocks, 42), cluster.target(0), DEPTH);
     say(&format!(
         "Verified load on alice: random 4 KiB writes, {DEPTH} in flight, each block says its number and version."
     ));
@@ -149,7 +159,7 @@ fn story(args: &Args, dir: &Path) -> Outcome<Option<Cluster>> {
     ));
 
     cluster.must(1, ["primary", RESOURCE])?;
-    let mut client = connect_soon(&cluster.nbd_socket(1))?;
+    let mut client = open_soon(&cluster, 1)?;
     let mut block = vec![0; BLOCK];
     client.read_at(0, &mut block)?;
     drop(client);
@@ -158,9 +168,9 @@ fn story(args: &Args, dir: &Path) -> Outcome<Option<Cluster>> {
         died.elapsed().as_secs_f64() * 1e3
     ));
 
-    let wrong = load.check(&cluster.nbd_socket(1), RESOURCE, args.protocol == 'A')?;
+    let wrong = load.check(&cluster.target(1), args.protocol == 'A')?;
     if let Some(first) = wrong.first() {
-        return Err(format!("{} blocks are wrong on bob, first {first:?}", wrong.len()).into());
+        return Err(format!("{} blocks are wrong on bob, first: {first}", wrong.len()).into());
     }
     let promised = if args.protocol == 'A' {
         "no block is torn or foreign"
@@ -172,7 +182,7 @@ fn story(args: &Args, dir: &Path) -> Outcome<Option<Cluster>> {
         compare_filesystem(&cluster, dir, image)?;
     }
 
-    let running = Running::start(load, &cluster.nbd_socket(1), RESOURCE, DEPTH);
+    let running = Running::start(load, cluster.target(1), DEPTH);
     pause(Duration::from_secs(1));
     let (mut load, result) = running.finish(true);
     let alone = result?;
@@ -192,9 +202,9 @@ fn story(args: &Args, dir: &Path) -> Outcome<Option<Cluster>> {
         received as f64 * 100.0 / usable as f64,
         begun.elapsed().as_secs_f64()
     ));
-    let wrong = load.check(&cluster.nbd_socket(1), RESOURCE, false)?;
+    let wrong = load.check(&cluster.target(1), false)?;
     if let Some(first) = wrong.first() {
-        return Err(format!("{} blocks are wrong after the resync, first {first:?}", wrong.len()).into());
+        return Err(format!("{} blocks are wrong after the resync, first: {first}", wrong.len()).into());
     }
     match cluster.first_difference(usable)? {
         None => say(&format!("Both backing files compared byte by byte: {} equal.", mib(usable))),
@@ -218,20 +228,27 @@ fn filesystem(cluster: &Cluster, dir: &Path) -> Outcome<Option<PathBuf>> {
         return Ok(None);
     };
     let data = std::fs::read(&image)?;
-    let mut client = connect_soon(&cluster.nbd_socket(0))?;
-    client.write_at(0, &data)?;
-    client.flush()?;
+    let mut client = open_soon(cluster, 0)?;
+    let size = client.size()?;
+    if size < bytes_needed(&data) {
+        return Err(format!("the disk has only {}", mib(size)).into());
+    }
+    client.write_and_flush(0, &data)?;
     say(&format!(
-        "An ext4 filesystem with {files} real files ({}) copied in through alice's NBD export, flushed.",
+        "An ext4 filesystem with {files} real files ({}) copied in through alice's disk, flushed.",
         mib(bytes)
     ));
     Ok(Some(image))
 }
 
+const fn bytes_needed(data: &[u8]) -> u64 {
+    data.len() as u64 + LOAD_BYTES
+}
+
 fn compare_filesystem(cluster: &Cluster, dir: &Path, image: &Path) -> Outcome<()> {
     let expected = std::fs::read(image)?;
     let mut found = vec![0; expected.len()];
-    NbdClient::connect(&cluster.nbd_socket(1), RESOURCE)?.read_at(0, &mut found)?;
+    cluster.target(1).open()?.read_at(0, &mut found)?;
     if let Some(at) = expected.iter().zip(&found).position(|(a, b)| a != b) {
         return Err(format!("the filesystem differs at byte {at}").into());
     }
@@ -242,16 +259,21 @@ fn compare_filesystem(cluster: &Cluster, dir: &Path, image: &Path) -> Outcome<()
     Ok(())
 }
 
-/// The export appears as soon as the promotion is announced to the listener.
-fn connect_soon(socket: &Path) -> Outcome<NbdClient> {
+/// The disk appears a moment after the promotion.
+fn open_soon(cluster: &Cluster, node: usize) -> Outcome<Open> {
     let begun = now();
     loop {
-        match NbdClient::connect(socket, RESOURCE) {
-            Ok(client) => return Ok(client),
+        match cluster.target(node).open() {
+            Ok(open) => return Ok(open),
             Err(error) if begun.elapsed() > Duration::from_secs(10) => return Err(Box::new(error)),
             Err(_) => pause(Duration::from_millis(5)),
         }
     }
+}
+
+/// Root, a kernel with the driver loaded, and a program built for it.
+fn ublk_usable() -> bool {
+    cfg!(feature = "ublk") && nix::unistd::geteuid().is_root() && Path::new("/dev/ublk-control").exists()
 }
 
 fn keep_hint(args: &Args, cluster: &Cluster) {

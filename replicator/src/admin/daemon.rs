@@ -55,6 +55,11 @@ pub fn run(global: &GlobalOptions, options: &DaemonOptions) -> Result<(), Failur
     }
     let run_dir = RunDir::take(&plan::run_dir(global))
         .map_err(|error| Failure::new(outcome::EXEC, format!("lockstepd: {error}\n")))?;
+    // We hold the lock of the run directory: what bears our mark and is dead was left by a daemon that died.
+    #[cfg(feature = "ublk")]
+    if options.frontend != FrontendOption::Nbd {
+        crate::frontend::ublk::sweep();
+    }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()

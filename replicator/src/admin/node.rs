@@ -14,6 +14,8 @@ use crate::core::state::{ConnState, DiskState, ReplState};
 use crate::core::status::ResourceStatus;
 use crate::frontend::choice;
 use crate::frontend::server::{ExportTable, ExportedResource, NbdServer, Scope};
+#[cfg(feature = "ublk")]
+use crate::frontend::ublk::{UblkDisks, VolumePlan};
 use crate::runtime::ResourceHandle;
 use crate::runtime::backing::{AttachError, Backing};
 use crate::units::VolumeNr;
@@ -67,6 +69,17 @@ struct Running {
     handle: ResourceHandle,
     exported: Arc<ExportedResource>,
     server: Mutex<Option<NbdServer>>,
+    /// `None`: not the front end of this resource.
+    #[cfg(feature = "ublk")]
+    ublk: Option<Ublk>,
+}
+
+/// Block devices, and whether the operator insists on them.
+#[cfg(feature = "ublk")]
+#[derive(Debug)]
+struct Ublk {
+    disks: Arc<UblkDisks>,
+    demanded: bool,
 }
 
 /// A poisoned lock here guards plain tables: what is in them is whole.
@@ -83,6 +96,67 @@ impl Running {
         self.handle.status().await.ok_or_else(|| unknown_resource(self.name()).into())
     }
 
+    #[cfg(feature = "ublk")]
+    fn device_names(&self, volume: VolumeNr) -> impl Iterator<Item = String> + use<> {
+        let names = self.ublk.as_ref().map(|ublk| ublk.disks.names(volume)).unwrap_or_default();
+        names.into_iter().map(|name| name.display().to_string())
+    }
+
+    #[cfg(not(feature = "ublk"))]
+    #[expect(clippy::unused_self, reason = "as with the feature")]
+    fn device_names(&self, _volume: VolumeNr) -> std::iter::Empty<String> {
+        std::iter::empty()
+    }
+
+    /// A volume with users is not demoted. (NBD clients are counted by the core.)
+    #[cfg_attr(not(feature = "ublk"), expect(clippy::unused_async, reason = "as with the feature"))]
+    async fn check_unused(&self) -> Result<(), Refusal> {
+        #[cfg(feature = "ublk")]
+        if let Some(ublk) = &self.ublk {
+            ublk.disks.check_unused().await?;
+        }
+        Ok(())
+    }
+
+    /// Returns when block devices are there, or gone, as the role says.
+    #[cfg_attr(not(feature = "ublk"), expect(clippy::unused_async, reason = "as with the feature"))]
+    async fn settle_devices(&self) -> Result<(), VerbError> {
+        #[cfg(feature = "ublk")]
+        if let Some(ublk) = &self.ublk
+            && let Err(missing) = ublk.disks.settle().await
+        {
+            let addresses: Vec<String> = locked(&self.server)
+                .as_ref()
+                .map(|server| server.addresses().iter().map(ToString::to_string).collect())
+                .unwrap_or_default();
+            let missing: Vec<String> = missing
+                .iter()
+                // Where ublk cannot be had, NBD is what was chosen; the log says so.
+                .filter(|missing| ublk.demanded || !missing.unavailable)
+                .map(|missing| format!("{}: Primary, but without a block device: {missing}\n", self.name()))
+                .collect();
+            if !missing.is_empty() {
+                let text = format!(
+                    "{}it is served over NBD: {}\nto try again: drbdadm primary {}\n",
+                    missing.concat(),
+                    addresses.join(" "),
+                    self.name()
+                );
+                return Err(Failure::new(outcome::EXEC, text).into());
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes block devices away, whoever uses them.
+    #[cfg_attr(not(feature = "ublk"), expect(clippy::unused_async, reason = "as with the feature"))]
+    async fn close_devices(&self) {
+        #[cfg(feature = "ublk")]
+        if let Some(ublk) = &self.ublk {
+            ublk.disks.close().await;
+        }
+    }
+
     async fn view(&self) -> Option<ResourceView> {
         let status = self.handle.status().await?;
         let addresses: Vec<_> =
@@ -93,7 +167,10 @@ impl Running {
                 volume: volume.nr,
                 minor: volume.minor,
                 backing_dev: volume.disk.as_ref().map(|disk| disk.display().to_string()),
-                exports: addresses.iter().map(|address| address.uri(&name)).collect(),
+                exports: self
+                    .device_names(volume.nr)
+                    .chain(addresses.iter().map(|address| address.uri(&name)))
+                    .collect(),
             }
         });
         Some(ResourceView {
@@ -199,8 +276,17 @@ impl Node {
                 self.admin(name, AdminCommand::Connect { discard_my_data, tentative }).await
             }
             ResourceVerb::Disconnect { force } => self.admin(name, AdminCommand::Disconnect { force }).await,
-            ResourceVerb::Primary { force } => self.admin(name, AdminCommand::Primary { force }).await,
-            ResourceVerb::Secondary => self.admin(name, AdminCommand::Secondary).await,
+            ResourceVerb::Primary { force } => {
+                self.admin(name, AdminCommand::Primary { force }).await?;
+                // A script goes on to mount it.
+                self.known(name)?.settle_devices().await
+            }
+            ResourceVerb::Secondary => {
+                let running = self.known(name)?;
+                running.check_unused().await?;
+                self.admin(name, AdminCommand::Secondary).await?;
+                running.settle_devices().await
+            }
             ResourceVerb::Invalidate => self.each_volume(request, AdminCommand::Invalidate).await,
             ResourceVerb::InvalidateRemote => self.each_volume(request, AdminCommand::InvalidateRemote).await,
             ResourceVerb::Outdate => self.each_volume(request, AdminCommand::Outdate).await,
@@ -286,15 +372,34 @@ impl Node {
             choice::Preference::Auto => self.frontend,
             own => own,
         };
-        let (_kind, why) = choice::choose(preference)
+        let (kind, why) = choice::choose(preference)
             .map_err(|error| Failure::new(outcome::EXEC, format!("{name}: {error}\n")))?;
         let handle = ResourceHandle::start(resource.runtime.clone(), &tokio::runtime::Handle::current())
             .map_err(|error| Failure::new(outcome::EXEC, format!("{name}: {}\n", with_causes(&error))))?;
         let volumes: Vec<VolumeNr> = resource.volumes.iter().map(|volume| volume.nr).collect();
         let exported = Arc::new(ExportedResource::new(name, &source.node, &volumes, &handle));
         // From here on the resource is in the table, so that a failure leaves something `down` can remove.
-        let running =
-            Arc::new(Running { resource, handle, exported: Arc::clone(&exported), server: Mutex::new(None) });
+        #[cfg(feature = "ublk")]
+        let ublk = (kind == choice::FrontendKind::Ublk).then(|| {
+            let plan = |volume: &LocalVolume| VolumePlan {
+                nr: volume.nr,
+                minor: volume.minor,
+                disk: volume.disk.clone(),
+            };
+            let volumes = resource.volumes.iter().map(plan).collect();
+            let disks = UblkDisks::follow(name, &handle, resource.runtime.buffer_bytes, volumes);
+            Ublk { disks, demanded: preference == choice::Preference::Ublk }
+        });
+        #[cfg(not(feature = "ublk"))]
+        debug_assert_eq!(kind, choice::FrontendKind::Nbd, "ublk is not built in");
+        let running = Arc::new(Running {
+            resource,
+            handle,
+            exported: Arc::clone(&exported),
+            server: Mutex::new(None),
+            #[cfg(feature = "ublk")]
+            ublk,
+        });
         locked(&self.resources).insert(name.into(), Arc::clone(&running));
         self.table.insert(exported);
         let server = NbdServer::bind(&running.resource.nbd, &Scope::Resource(name.into()), &self.table)
@@ -316,6 +421,8 @@ impl Node {
             for volume in &running.resource.volumes {
                 running.handle.kick_clients(volume.nr);
             }
+        } else {
+            running.check_unused().await?;
         }
         loop {
             match running.handle.admin(AdminCommand::Down).await {
@@ -325,6 +432,8 @@ impl Node {
                 Err(refusal) => return Err(with_users(refusal, &running).into()),
             }
         }
+        // Before the thread that serves them ends.
+        running.close_devices().await;
         self.table.remove(name);
         let server = locked(&running.server).take();
         if let Some(server) = server {
@@ -399,6 +508,10 @@ async fn attach(running: &Running, volume: &LocalVolume) -> Result<(), VerbError
     let block_bytes = attached.logical_block_bytes;
     running.handle.attach(volume.nr, backing, attached).await?;
     running.exported.set_block_bytes(volume.nr, block_bytes);
+    #[cfg(feature = "ublk")]
+    if let Some(ublk) = &running.ublk {
+        ublk.disks.set_block_bytes(volume.nr, block_bytes);
+    }
     Ok(())
 }
 

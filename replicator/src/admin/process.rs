@@ -56,10 +56,26 @@ pub fn prepare(lock_memory: bool) -> Vec<String> {
 }
 
 /// A mount namespace that still receives mounts (so /dev and backing disks stay right) but gives none.
+///
+/// Only where mounts are shared, as systemd has them: without that an unmount would not reach us either, and we would
+/// keep alive what was mounted when we started, our own device and the peer's included.
 fn own_mounts() -> nix::Result<()> {
     use nix::mount::{MsFlags, mount};
+    if !root_is_shared(&std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default()) {
+        tracing::debug!("mounts are not shared here: no mount namespace of our own");
+        return Ok(());
+    }
     nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS)?;
     mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_SLAVE, None::<&str>)
+}
+
+/// Whether the root mount of a `mountinfo` text passes mounts and unmounts on.
+fn root_is_shared(mountinfo: &str) -> bool {
+    // id, parent, device, root, mount point, options, then optional fields up to a dash. What was mounted last is on top.
+    let root = mountinfo.lines().rfind(|line| line.split(' ').nth(4) == Some("/"));
+    root.is_some_and(|line| {
+        line.split(' ').skip(6).take_while(|field| *field != "-").any(|field| field.starts_with("shared:"))
+    })
 }
 
 /// The run directory is taken, or cannot be used.
@@ -141,6 +157,17 @@ impl RunDir {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_shared_root_is_told_from_a_private_one() {
+        let shared = "22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw\n30 22 0:5 / /dev rw master:3 - devtmpfs d rw";
+        assert!(root_is_shared(shared));
+        assert!(!root_is_shared(
+            "22 1 0:2 / / rw - 9p shared:1 rw\n30 22 0:5 / /dev rw shared:3 - devtmpfs d rw"
+        ));
+        assert!(!root_is_shared(&format!("{shared}\n40 22 0:9 / / rw master:1 - overlay o rw")));
+        assert!(!root_is_shared(""));
+    }
 
     #[test]
     fn a_run_directory_has_one_daemon() {

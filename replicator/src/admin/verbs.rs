@@ -223,7 +223,18 @@ impl<'a> Session<'a> {
                             }
                         }
                         // Gone from the file but still up: it must be possible to take it down.
-                        Err(failure) if self.views(Some(resource)).is_err() => return Err(failure),
+                        Err(mut failure) if self.views(Some(resource)).is_err() => {
+                            if self.info().is_none() {
+                                let note = format!(
+                                    "  no lockstepd answers in {}; the names are those of {} for node {}\n",
+                                    self.run_dir.display(),
+                                    source.config.display(),
+                                    source.node
+                                );
+                                failure.text.push_str(&note);
+                            }
+                            return Err(failure);
+                        }
                         Err(_) => {}
                     }
                     objects.push(object);

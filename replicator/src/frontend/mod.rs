@@ -2,3 +2,5 @@
 pub mod choice;
 pub mod nbd;
 pub mod server;
+#[cfg(feature = "ublk")]
+pub mod ublk;

@@ -260,6 +260,42 @@ impl BufferRef {
         CLASS_BYTES[self.inner.class.get()]
     }
 
+    /// Whether anybody else counts on it.
+    #[cfg(feature = "ublk")]
+    pub(super) fn is_shared(&self) -> bool {
+        self.inner.users.get() > 1
+    }
+
+    /// Says how long the contents are, after the kernel has filled it.
+    ///
+    /// # Panics
+    /// Longer than the memory, or empty: our bug.
+    #[cfg(feature = "ublk")]
+    pub(super) fn set_len(&self, len_bytes: usize) {
+        assert!(
+            (1..=self.capacity()).contains(&len_bytes),
+            "{len_bytes} bytes in a buffer of {}",
+            self.capacity()
+        );
+        self.inner.len.set(len_bytes);
+        self.forget_crc();
+    }
+
+    /// Copies the first `len` bytes of another buffer in.
+    ///
+    /// # Panics
+    /// They do not fit, or both are the same buffer: our bug.
+    #[cfg(feature = "ublk")]
+    pub(super) fn copy_from(&self, other: &Self, len: usize) {
+        assert_ne!(self.id(), other.id(), "a buffer is copied into itself");
+        let from = other.address(0, len);
+        let to = self.address(0, len);
+        self.forget_crc();
+        // SAFETY: `address` checked the bounds of both, which are different memory; see `copy_in`.
+        // JUSTIFICATION: as in `copy_in`.
+        unsafe { std::ptr::copy_nonoverlapping(from, to, len) };
+    }
+
     /// Address of the byte at `offset`, for the kernel. The memory lives as long as this count.
     ///
     /// # Panics

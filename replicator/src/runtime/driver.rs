@@ -20,6 +20,8 @@ use super::net::Wish;
 use super::peer::Peer;
 use super::ring::{Completion, Memory, Ring};
 use super::story;
+#[cfg(feature = "ublk")]
+use super::ublk_dev::UblkDisk;
 use crate::core::Resource;
 use crate::core::event::{
     AdminCommand, AdminId, BufferId, DiskIo, Event, Input, IoError, LostReason, Output, Refusal,
@@ -55,6 +57,11 @@ pub(super) enum Context {
     ClientReceive(usize),
     ClientSend(usize),
     Disk(DiskJob),
+    #[cfg(feature = "ublk")]
+    Ublk {
+        disk: usize,
+        tag: u16,
+    },
 }
 
 impl From<DiskJob> for Context {
@@ -94,6 +101,8 @@ pub(super) struct Driver {
     session: Option<usize>,
     last_session: u64,
     clients: Slab<Client>,
+    #[cfg(feature = "ublk")]
+    ublks: Slab<UblkDisk>,
     fronts: Slab<FrontRequest>,
     large_read: Option<usize>,
     admins: BTreeMap<AdminId, Pending>,
@@ -145,6 +154,8 @@ impl Driver {
             session: None,
             last_session: 0,
             clients: Slab::new(),
+            #[cfg(feature = "ublk")]
+            ublks: Slab::new(),
             fronts: Slab::with_capacity(1024),
             large_read: None,
             admins: BTreeMap::new(),
@@ -254,6 +265,14 @@ impl Driver {
             }
             (Context::ClientSend(key), Memory::Send(memory)) => {
                 self.clients[key].on_sent(&mut self.ring, memory, result, Context::ClientSend(key));
+            }
+            #[cfg(feature = "ublk")]
+            (Context::Ublk { disk, tag }, Memory::Buffer(buffer)) => {
+                self.busy = true;
+                let input = self.ublks[disk].on_completion(disk, tag, buffer, result, &mut self.fronts);
+                if let Some(input) = input {
+                    self.core.handle(self.now, input);
+                }
             }
             (Context::Inbox, _) => {
                 for item in self.inbox.take() {
@@ -369,6 +388,8 @@ impl Driver {
                 self.core.handle(self.now, Input::Opened(volume));
                 self.take_requests(key);
             }
+            #[cfg(feature = "ublk")]
+            Item::AddUblk { volume, queue, reply } => answer(reply, self.add_ublk(volume, *queue)),
             Item::KickClients(volume) => self.kick_clients(volume),
             Item::Extents { client, command, extents } => {
                 if let Some(client) = self.clients.get_mut(client) {
@@ -398,6 +419,23 @@ impl Driver {
         let id = AdminId(self.last_admin);
         self.admins.insert(id, Pending { reply, attaching });
         self.core.handle(self.now, Input::Admin { id, command });
+    }
+
+    #[cfg(feature = "ublk")]
+    fn add_ublk(&mut self, volume: VolumeNr, queue: lockstep_ublk_frontend::Queue) -> Result<(), Refusal> {
+        if self.ublks.iter().any(|(_, disk)| disk.volume == volume) {
+            return Err(Refusal {
+                number: 124,
+                text: "Device has a ublk disk already".into(),
+                facts: vec![format!("the ublk disk of volume {} is not gone yet", volume.0)],
+                advice: "try again in a moment".into(),
+            });
+        }
+        let entry = self.ublks.vacant_entry();
+        let mut disk = UblkDisk::new(volume, queue, &self.pool)?;
+        disk.fetch_all(&mut self.ring, |tag| Context::Ublk { disk: entry.key(), tag });
+        entry.insert(disk);
+        Ok(())
     }
 
     fn on_peer_connected(&mut self, socket: OwnedFd) {
@@ -529,10 +567,15 @@ impl Driver {
         let data = data.map(|id| self.pool.take_from_core(id));
         let front = usize::try_from(key).ok().and_then(|key| self.fronts.try_remove(key));
         let Some(front) = front else { panic!("the core completed request {key}, which is not in flight") };
-        match front.origin {
+        let origin = front.origin;
+        // With the core's count of the buffer: whoever asked may be its only owner now.
+        drop(front);
+        match origin {
             Origin::Nbd { client, command, piece } => {
                 self.clients[client].on_piece(command, piece, result, data);
             }
+            #[cfg(feature = "ublk")]
+            Origin::Ublk { disk, tag } => self.ublks[disk].on_answer(tag, result, data),
         }
     }
 
@@ -584,6 +627,11 @@ impl Driver {
         for (key, client) in &mut self.clients {
             client.arm_send(&mut self.ring, Context::ClientSend(key));
         }
+        // Last: sockets that took their bytes have given buffers back.
+        #[cfg(feature = "ublk")]
+        for (disk, ublk) in &mut self.ublks {
+            ublk.commit_all(&mut self.ring, &self.pool, |tag| Context::Ublk { disk, tag });
+        }
     }
 
     fn receive_all(&mut self) {
@@ -599,6 +647,9 @@ impl Driver {
     /// Forgets transports and clients of which nothing is left.
     fn sweep(&mut self) {
         self.peers.retain(|_, peer| !peer.is_gone());
+        // Its queue goes with it, which lets the deletion of the device come to its end.
+        #[cfg(feature = "ublk")]
+        self.ublks.retain(|_, ublk| !ublk.is_gone());
         let (core, now, large_read) = (&mut self.core, self.now, &mut self.large_read);
         self.clients.retain(|key, client| {
             let is_gone = client.is_gone();
@@ -614,9 +665,11 @@ impl Driver {
 
     fn is_finished(&self) -> bool {
         let Some(deadline) = self.stop_deadline else { return false };
+        let served = self.peers.is_empty() && self.clients.is_empty();
+        #[cfg(feature = "ublk")]
+        let served = served && self.ublks.is_empty();
         // Only the inbox is left in the ring.
-        deadline <= self.now
-            || (self.peers.is_empty() && self.clients.is_empty() && self.ring.in_flight() <= 1)
+        deadline <= self.now || (served && self.ring.in_flight() <= 1)
     }
 }
 

@@ -252,6 +252,22 @@ impl ResourceHandle {
         self.push(Item::NbdClient { volume, socket, negotiated: Box::new(negotiated) })
     }
 
+    /// Serves the queue of an added ublk device from now on, so that the device can be started. That ends when the device
+    /// is stopped, and not by itself when the volume is no longer exported.
+    ///
+    /// # Errors
+    /// The volume has a ublk disk already, no buffers are left, or the resource has ended; the queue is dropped.
+    #[cfg(feature = "ublk")]
+    pub async fn add_ublk(
+        &self,
+        volume: VolumeNr,
+        queue: lockstep_ublk_frontend::Queue,
+    ) -> Result<(), Refusal> {
+        let (reply, answer) = oneshot::channel();
+        self.push(Item::AddUblk { volume, queue: Box::new(queue), reply })?;
+        answer.await.unwrap_or_else(|_| Err(self.ended()))
+    }
+
     /// Ends the NBD clients of a volume.
     pub fn kick_clients(&self, volume: VolumeNr) {
         if let Err(refusal) = self.push(Item::KickClients(volume)) {

@@ -39,6 +39,13 @@ pub(super) enum Item {
     NbdClient { volume: VolumeNr, socket: OwnedFd, negotiated: Box<Negotiated> },
     /// Drop the clients of a volume.
     KickClients(VolumeNr),
+    /// The queue of an added ublk device, to be served from now on.
+    #[cfg(feature = "ublk")]
+    AddUblk {
+        volume: VolumeNr,
+        queue: Box<lockstep_ublk_frontend::Queue>,
+        reply: oneshot::Sender<Result<(), Refusal>>,
+    },
     /// A helper thread has looked up a client's block status.
     Extents { client: usize, command: usize, extents: Vec<Extent> },
     /// End the thread.

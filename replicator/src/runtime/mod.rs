@@ -10,6 +10,7 @@
 //! | `stream.rs` | receiving and sending on one socket |
 //! | `peer.rs` | frames of the peer |
 //! | `nbd_conn.rs` | requests of NBD clients |
+//! | `ublk_dev.rs` | requests of ublk disks |
 //! | `disk.rs`, `backing.rs` | backing disks |
 //! | `net.rs`, `preamble.rs` | finding the peer, on tokio |
 //! | `story.rs` | events for the log |
@@ -29,6 +30,10 @@ mod preamble;
 mod ring;
 mod story;
 mod stream;
+#[cfg(feature = "ublk")]
+mod ublk_dev;
 
 pub use handle::{ResourceHandle, RuntimeConfig, StartError};
 pub use ring::RingError;
+#[cfg(feature = "ublk")]
+pub use ublk_dev::{MAX_DISCARD_BYTES, MAX_IO_BYTES, queue_depth};

@@ -31,7 +31,7 @@ const MAX_COMMANDS: usize = 512;
 pub(super) struct FrontRequest {
     pub(super) origin: Origin,
     /// The core's count of the request's buffer.
-    _buffer: Option<BufferRef>,
+    pub(super) _buffer: Option<BufferRef>,
 }
 
 /// A front end and its own name for a request. Another front end on this ring adds its variant.
@@ -39,6 +39,9 @@ pub(super) struct FrontRequest {
 pub(super) enum Origin {
     /// A piece of a command of an NBD client.
     Nbd { client: usize, command: usize, piece: usize },
+    /// A tag of a ublk disk.
+    #[cfg(feature = "ublk")]
+    Ublk { disk: usize, tag: u16 },
 }
 
 /// A client.

@@ -68,8 +68,8 @@ pub(super) struct Ring<C> {
 struct Slot<C> {
     context: C,
     memory: Memory,
-    /// Keeps the descriptor number from being reused.
-    _fd: Rc<OwnedFd>,
+    /// Keeps the descriptor number from being reused. `None`: whoever gave the operation sees to that.
+    _fd: Option<Rc<OwnedFd>>,
 }
 
 /// What an operation points at.
@@ -78,7 +78,10 @@ pub(super) enum Memory {
     /// Nothing.
     None,
     /// A pool buffer.
-    Buffer(#[expect(dead_code, reason = "held for its count, not looked at")] BufferRef),
+    Buffer(
+        #[cfg_attr(not(feature = "ublk"), expect(dead_code, reason = "held for its count, not looked at"))]
+        BufferRef,
+    ),
     /// Memory of a receiving socket.
     Recv(Box<RecvMemory>),
     /// Memory of a sending socket.
@@ -272,8 +275,17 @@ impl<C> Ring<C> {
         forgive(result.map(drop))
     }
 
+    /// A command of the ublk driver that names the whole of `buffer`. Its queue stays open until the command has come
+    /// back: that is when the queue counts as drained.
+    #[cfg(feature = "ublk")]
+    pub(super) fn ublk(&mut self, entry: squeue::Entry, buffer: BufferRef, context: C) {
+        buffer.forget_crc();
+        let key = self.slots.insert(Slot { context, memory: Memory::Buffer(buffer), _fd: None });
+        self.push(&entry.user_data(key as u64));
+    }
+
     fn start(&mut self, entry: squeue::Entry, fd: &Rc<OwnedFd>, memory: Memory, context: C) {
-        let key = self.slots.insert(Slot { context, memory, _fd: Rc::clone(fd) });
+        let key = self.slots.insert(Slot { context, memory, _fd: Some(Rc::clone(fd)) });
         self.push(&entry.user_data(key as u64));
     }
 
