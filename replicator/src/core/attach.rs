@@ -257,21 +257,33 @@ impl Resource {
         let held = u32::try_from(CONTEXT_SLOTS).unwrap_or(0).saturating_mul(ring.saturating_sub(1));
         let slots = device.cfg.al_extents.min(held).clamp(MIN_SLOTS, MAX_SLOTS);
         device.al = Some(ActivityLog::new(slots, device.size.0.div_ceil(SECTORS_PER_AL_EXTENT)));
-        // Without fencing, Consistent counts as UpToDate at once (SEM §5).
-        let by_flags =
-            if device.md_disk == DiskState::Consistent { DiskState::UpToDate } else { device.md_disk };
         if connected {
             device.negotiating = true;
             self.set_disk(volume, DiskState::Negotiating);
             self.send_volume_info(volume, lockstep_proto::v1::volume_info::Phase::Attach);
         } else {
-            self.set_disk(volume, by_flags);
+            let alone = self.disk_state_alone(volume);
+            self.set_disk(volume, alone);
             if self.role == Role::Primary {
                 self.update_export(volume);
             }
         }
         self.reply(reply, Ok(()));
         self.handshake_try_send();
+    }
+
+    /// What the metadata makes of a disk without the peer's word. Without fencing, Consistent counts as
+    /// UpToDate at once (SEM §5), but a Primary that went on elsewhere must not show its application
+    /// older data than before: that disk waits as Outdated for a resync.
+    pub(super) fn disk_state_alone(&self, volume: usize) -> DiskState {
+        let device = &self.devices[volume];
+        let shown = masked(device.exposed_uuid);
+        let older = self.role == Role::Primary && shown != 0 && shown != masked(device.uuids.current);
+        match device.md_disk {
+            DiskState::Consistent | DiskState::UpToDate if older => DiskState::Outdated,
+            DiskState::Consistent => DiskState::UpToDate,
+            other => other,
+        }
     }
 
     pub(super) fn on_detach(&mut self, reply: Reply, volume: usize, force: bool) {

@@ -458,10 +458,8 @@ impl Resource {
 
     /// A disk that waited for the handshake stands on its own from now on.
     fn settle_negotiating(&mut self, volume: usize) {
-        let device = &self.devices[volume];
-        if device.disk == DiskState::Negotiating {
-            let state =
-                if device.md_disk == DiskState::Consistent { DiskState::UpToDate } else { device.md_disk };
+        if self.devices[volume].disk == DiskState::Negotiating {
+            let state = self.disk_state_alone(volume);
             self.set_disk(volume, state);
             self.update_export(volume);
         }

@@ -176,12 +176,7 @@ impl Resource {
             self.set_repl(volume, ReplState::Off);
             self.devices[volume].negotiating = false;
             if self.devices[volume].disk == DiskState::Negotiating {
-                let device = &self.devices[volume];
-                let by_flags = if device.md_disk == DiskState::Consistent {
-                    DiskState::UpToDate
-                } else {
-                    device.md_disk
-                };
+                let by_flags = self.disk_state_alone(volume);
                 self.set_disk(volume, by_flags);
             }
             let known =

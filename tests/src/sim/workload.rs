@@ -153,6 +153,14 @@ impl Run {
             if let Event::Role(_, Role::Primary) = &event {
                 self.reign(node);
             }
+            // Started from equal generations, a resync has no older base to return to: if it is cut and
+            // the source goes on alone, only everything is safe.
+            if let Event::Handshake(text) = &event
+                && text.contains("rule 4")
+                && !text.contains("NoSync")
+            {
+                self.full_allowed = true;
+            }
             if let Event::Handshake(text) = &event
                 && text.contains("full: true")
                 && !self.full_allowed
@@ -391,7 +399,14 @@ impl Run {
                 && disk >= DiskState::Inconsistent
                 && disk != DiskState::DUnknown
         });
-        if with_peer {
+        // A node without a disk goes on with the peer's data, and its own disk may hold newer.
+        let no_data = self.world.state(node).is_some_and(|state| state.1 < DiskState::Inconsistent);
+        if no_data && self.world.ahead[node] {
+            self.may_split = true;
+            self.must_split = true;
+            self.world.check_data = false;
+        }
+        if with_peer || no_data {
             return;
         }
         self.may_split = true;
