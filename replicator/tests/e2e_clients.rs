@@ -1,5 +1,12 @@
 //! Programs that we did not write, on a mirrored disk served by a real daemon over NBD.
-#![allow(clippy::print_stdout, reason = "tests that tell why they skip")]
+#![allow(
+    clippy::print_stdout,
+    clippy::disallowed_methods,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::cast_possible_truncation,
+    reason = "tests in real time: they end where something is not as it should be, and say why they skip"
+)]
 #[path = "../examples/demo/cluster.rs"]
 #[allow(dead_code, reason = "shared with the demo")]
 mod cluster;

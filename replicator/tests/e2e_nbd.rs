@@ -2,7 +2,10 @@
 #![allow(
     clippy::print_stdout,
     clippy::disallowed_methods,
-    reason = "tests in real time, telling why they skip"
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::cast_possible_truncation,
+    reason = "tests in real time: they end where something is not as it should be, and say why they skip"
 )]
 #[path = "../examples/demo/cluster.rs"]
 #[allow(dead_code, reason = "shared with the demo")]
