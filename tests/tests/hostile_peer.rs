@@ -15,6 +15,10 @@ fn number(rng: &mut Rng, sensible: u64) -> u64 {
     }
 }
 
+fn pick<T: Copy>(rng: &mut Rng, from: &[T]) -> T {
+    from[usize::try_from(rng.below(from.len() as u64)).unwrap_or(0)]
+}
+
 fn small(rng: &mut Rng, sensible: u64) -> u32 {
     u32::try_from(number(rng, sensible)).unwrap_or(u32::MAX)
 }
@@ -36,8 +40,7 @@ fn hello(rng: &mut Rng) -> v1::Hello {
 }
 
 fn volume_info(rng: &mut Rng, known: &[u64], phase: u64) -> v1::VolumeInfo {
-    let mut uuid =
-        || if rng.percent(70) { known[rng.below(known.len() as u64) as usize] } else { rng.next() };
+    let mut uuid = || if rng.percent(70) { pick(rng, known) } else { rng.next() };
     let (uuid_current, uuid_bitmap, uuid_history_0, uuid_history_1) = (uuid(), uuid(), uuid(), uuid());
     v1::VolumeInfo {
         phase: i32::try_from(phase).unwrap_or(0),
@@ -50,7 +53,7 @@ fn volume_info(rng: &mut Rng, known: &[u64], phase: u64) -> v1::VolumeInfo {
         uuid_history_0,
         uuid_history_1,
         uuid_flags: small(rng, 16),
-        disk_state: [0, 3, 4, 5, 6, 8, 9, 9, 9][rng.below(9) as usize],
+        disk_state: pick(rng, &[0, 3, 4, 5, 6, 8, 9, 9, 9]),
         role: if rng.percent(90) { 2 } else { small(rng, 3) },
         out_of_sync_bits: number(rng, 3),
         discard_supported: true,
@@ -59,11 +62,7 @@ fn volume_info(rng: &mut Rng, known: &[u64], phase: u64) -> v1::VolumeInfo {
 }
 
 fn message(rng: &mut Rng, known: &[u64], ids: &[u64]) -> (Message, u64) {
-    let id = if ids.is_empty() || rng.percent(20) {
-        number(rng, 9)
-    } else {
-        ids[rng.below(ids.len() as u64) as usize]
-    };
+    let id = if ids.is_empty() || rng.percent(20) { number(rng, 9) } else { pick(rng, ids) };
     let (volume, sector, nr_sectors) =
         (if rng.percent(95) { 0 } else { small(rng, 2) }, number(rng, 70_000), number(rng, 300));
     let ack = v1::BlockAck { volume, sector, nr_sectors, request: id, set_in_sync: rng.percent(50) };
@@ -227,7 +226,7 @@ fn attack(seed: u64) -> u64 {
     }
     world.run(1000);
     assert_eq!(world.broken, None);
-    let core = world.nodes[0].core.as_ref().unwrap();
+    let core = world.nodes[0].core.as_ref().expect("nothing stopped the node");
     assert!(
         core.is_idle(),
         "seed {seed}: not idle after the peer is gone: {:?}",
@@ -240,7 +239,7 @@ fn attack(seed: u64) -> u64 {
         world.nodes[0].verbs
     );
     assert!(world.nodes[0].buffers.is_empty(), "seed {seed}: buffers kept");
-    assert!(matches!(world.state(0).unwrap().0, Role::Primary | Role::Secondary));
+    assert!(matches!(world.state(0).expect("the node runs").0, Role::Primary | Role::Secondary));
     heard
 }
 

@@ -3,8 +3,8 @@
 //! Owns the bits in memory and which 4 KiB pages of them differ from the disk. Setting rounds outward,
 //! clearing inward ([`BlockRange::bits_touched`], [`BlockRange::bits_covered`]). A page counts as
 //! changed until its snapshot was handed out; the caller reports a failed write by failing the disk.
+use crate::core::bits::Bits;
 use crate::meta::{BITMAP_PAGE_BITS, BITMAP_PAGE_BYTES, BitmapPage};
-use bitvec::prelude::{BitVec, Lsb0};
 use std::ops::Range;
 
 const WORDS_PER_PAGE: usize = BITMAP_PAGE_BYTES / 8;
@@ -12,9 +12,10 @@ const WORDS_PER_PAGE: usize = BITMAP_PAGE_BYTES / 8;
 /// See the module.
 #[derive(Debug, Default)]
 pub struct Bitmap {
-    bits: BitVec<u64, Lsb0>,
+    bits: Bits,
     set: u64,
-    changed: BitVec<u64, Lsb0>,
+    /// A bit per page.
+    changed: Bits,
     nr_changed: usize,
 }
 
@@ -25,20 +26,16 @@ impl Bitmap {
         let mut bitmap = Self::default();
         bitmap.resize(nr_bits, false);
         bitmap.nr_changed = 0;
-        bitmap.changed.fill(false);
+        bitmap.changed = Bits::from_words(Vec::new(), bitmap.changed.len());
         bitmap
     }
 
     /// A bitmap of `nr_bits` as read from disk; missing words count as clear, bits past the end are ignored.
     #[must_use]
-    pub fn from_words(mut words: Vec<u64>, nr_bits: u64) -> Self {
-        let nr_bits = index(nr_bits);
-        words.resize(nr_bits.div_ceil(64), 0);
-        let mut bits = BitVec::from_vec(words);
-        bits.truncate(nr_bits);
-        let set = bits.count_ones() as u64;
-        let mut changed = BitVec::new();
-        changed.resize(page_count(nr_bits), false);
+    pub fn from_words(words: Vec<u64>, nr_bits: u64) -> Self {
+        let bits = Bits::from_words(words, index(nr_bits));
+        let set = bits.count(0..bits.len());
+        let changed = Bits::from_words(Vec::new(), page_count(bits.len()));
         Self { bits, set, changed, nr_changed: 0 }
     }
 
@@ -51,7 +48,7 @@ impl Bitmap {
     /// Whether it has no bits at all.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.bits.is_empty()
+        self.bits.len() == 0
     }
 
     /// Bits that are set.
@@ -63,19 +60,14 @@ impl Bitmap {
     /// Whether any bit of the range is set.
     #[must_use]
     pub fn any(&self, range: Range<u64>) -> bool {
-        self.set != 0 && self.bits[self.clip(range)].any()
+        self.set != 0 && self.bits.any(self.clip(range))
     }
 
     /// Sets the range (clipped to the end); says how many bits were clear before.
     pub fn set_range(&mut self, range: Range<u64>) -> u64 {
         let range = self.clip(range);
-        if range.is_empty() {
-            return 0;
-        }
-        let slice = &mut self.bits[range.clone()];
-        let fresh = slice.count_zeros() as u64;
+        let fresh = self.bits.set(range.clone());
         if fresh != 0 {
-            slice.fill(true);
             self.set += fresh;
             self.mark_changed(range);
         }
@@ -84,14 +76,12 @@ impl Bitmap {
 
     /// Clears the range (clipped to the end); says how many bits were set before.
     pub fn clear_range(&mut self, range: Range<u64>) -> u64 {
-        let range = self.clip(range);
-        if range.is_empty() || self.set == 0 {
+        if self.set == 0 {
             return 0;
         }
-        let slice = &mut self.bits[range.clone()];
-        let cleared = slice.count_ones() as u64;
+        let range = self.clip(range);
+        let cleared = self.bits.clear(range.clone());
         if cleared != 0 {
-            slice.fill(false);
             self.set -= cleared;
             self.mark_changed(range);
         }
@@ -114,7 +104,7 @@ impl Bitmap {
         if self.set == 0 || from >= self.len() {
             return None;
         }
-        self.bits[index(from)..].first_one().map(|found| from + found as u64)
+        self.bits.next_set(index(from)).map(|found| found as u64)
     }
 
     /// End of the run of set bits that starts at `from`, at most `limit`.
@@ -124,10 +114,7 @@ impl Bitmap {
         if from >= limit {
             return from;
         }
-        match self.bits[index(from)..index(limit)].first_zero() {
-            Some(zero) => from + zero as u64,
-            None => limit,
-        }
+        self.bits.next_clear(index(from), index(limit)).map_or(limit, |clear| clear as u64)
     }
 
     /// Grows or shrinks; new bits are set if `set_new`.
@@ -135,22 +122,23 @@ impl Bitmap {
         let old = self.bits.len();
         let new = index(nr_bits);
         if new < old {
-            self.set -= self.bits[new..].count_ones() as u64;
-        } else if set_new {
-            self.set += (new - old) as u64;
+            self.set -= self.bits.count(new..old);
         }
-        self.bits.resize(new, set_new);
-        self.changed.resize(page_count(new), false);
+        self.bits.resize(new);
+        self.changed.resize(page_count(new));
         if new > old {
+            if set_new {
+                self.set += self.bits.set(old..new);
+            }
             self.mark_changed(old..new);
         }
-        self.nr_changed = self.changed.count_ones();
+        self.nr_changed = index(self.changed.count(0..self.changed.len()));
     }
 
     /// The words from `first` on, at most `max`; for the bitmap exchange.
     #[must_use]
     pub fn words(&self, first: u64, max: usize) -> &[u64] {
-        let raw = self.bits.as_raw_slice();
+        let raw = self.bits.words();
         let first = index(first).min(raw.len());
         let end = (first + max).min(raw.len());
         &raw[first..end]
@@ -159,7 +147,7 @@ impl Bitmap {
     /// Number of 64-bit words.
     #[must_use]
     pub fn nr_words(&self) -> u64 {
-        self.bits.as_raw_slice().len() as u64
+        self.bits.words().len() as u64
     }
 
     /// ORs words of the peer in; bits past the end are ignored. Says whether all words were inside.
@@ -191,14 +179,14 @@ impl Bitmap {
     /// Whether the page differs from the disk.
     #[must_use]
     pub fn page_changed(&self, page: u32) -> bool {
-        self.changed.get(page as usize).is_some_and(|changed| *changed)
+        self.changed.get(page as usize)
     }
 
     /// Snapshots of at most `max` changed pages, which from now on count as equal to the disk.
     pub fn take_changed_pages(&mut self, max: usize) -> Vec<BitmapPage> {
         let mut pages = Vec::new();
         while pages.len() < max && self.nr_changed != 0 {
-            let Some(page) = self.changed.first_one() else { break };
+            let Some(page) = self.changed.next_set(0) else { break };
             pages.extend(self.take_page(page));
         }
         pages
@@ -210,27 +198,20 @@ impl Bitmap {
     }
 
     fn take_page(&mut self, page: usize) -> Option<BitmapPage> {
-        self.changed.set(page, false);
+        self.changed.clear(page..page + 1);
         self.nr_changed -= 1;
         let mut words = Box::new([0_u64; WORDS_PER_PAGE]);
-        let raw = self.bits.as_raw_slice();
+        let raw = self.bits.words();
         let first = page * WORDS_PER_PAGE;
         let last = (first + WORDS_PER_PAGE).min(raw.len());
         words[..last - first].copy_from_slice(&raw[first..last]);
-        // The last word may hold stale bits past the end.
-        let tail = self.bits.len() % 64;
-        if tail != 0 && last == raw.len() {
-            words[last - first - 1] &= (1 << tail) - 1;
-        }
         Some(BitmapPage { index: u32::try_from(page).ok()?, words })
     }
 
     fn mark_changed(&mut self, bits: Range<usize>) {
         let page_bits = index(BITMAP_PAGE_BITS);
         for page in bits.start / page_bits..bits.end.div_ceil(page_bits) {
-            if !self.changed.replace(page, true) {
-                self.nr_changed += 1;
-            }
+            self.nr_changed += index(self.changed.set(page..page + 1));
         }
     }
 

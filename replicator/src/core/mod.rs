@@ -21,6 +21,7 @@
 pub mod activity_log;
 mod attach;
 pub mod bitmap;
+mod bits;
 pub mod config;
 mod device;
 pub mod event;

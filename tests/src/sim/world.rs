@@ -169,9 +169,10 @@ impl World {
     }
 
     /// Records a broken promise; the first one counts.
-    pub fn fail(&mut self, why: String) {
+    pub fn fail(&mut self, mut why: String) {
         if self.broken.is_none() {
-            self.broken = Some(format!("seed {} at {} us: {why}", self.options.seed, self.now / US));
+            why.insert_str(0, &format!("seed {} at {} us: ", self.options.seed, self.now / US));
+            self.broken = Some(why);
         }
     }
 
@@ -319,11 +320,7 @@ impl World {
             return self.fail(format!("n{node}: request {} answered twice or never asked", id.0));
         };
         self.trace(|| format!("n{node} request {} done: {ok}", id.0));
-        if ok {
-            self.good_requests += 1
-        } else {
-            self.failed_requests += 1
-        }
+        *(if ok { &mut self.good_requests } else { &mut self.failed_requests }) += 1;
         match self.asked.remove(&id.0) {
             Some(Asked::Read { range, buffer, issued }) if ok => {
                 let from = data.unwrap_or(buffer);
