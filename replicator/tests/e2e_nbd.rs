@@ -3,7 +3,8 @@
 #![allow(
     clippy::print_stdout,
     clippy::disallowed_methods,
-    reason = "tests in real time, telling why they skip"
+    clippy::unwrap_used,
+    reason = "tests in real time, telling why they skip; what fails, panics"
 )]
 #[path = "../examples/demo/cluster.rs"]
 #[allow(dead_code, reason = "shared with the demo")]

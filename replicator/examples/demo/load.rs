@@ -11,7 +11,9 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 /// Bytes of a block.
-pub(crate) const BLOCK: usize = 4096;
+pub(crate) const BLOCK: usize = BLOCK_WIRE as usize;
+/// The same as the protocol writes it.
+const BLOCK_WIRE: u32 = 4096;
 
 /// The books of one block.
 #[derive(Clone, Copy, Debug, Default)]
@@ -134,8 +136,8 @@ impl Load {
                 outstanding += 1;
                 let offset = (self.first_block + at as u64) * BLOCK as u64;
                 // One in 64 must be stable when it is acknowledged.
-                let fua = self.next() % 64 == 0;
-                let sent = client.send(Command::Write, fua, slot as u64, offset, &block, BLOCK as u32);
+                let fua = self.next().is_multiple_of(64);
+                let sent = client.send(Command::Write, fua, slot as u64, offset, &block, BLOCK_WIRE);
                 if let Err(error) = sent {
                     broken = Some(error);
                     break 'run;

@@ -3,7 +3,7 @@
 //! quick-sync, both disks equal in the end.
 //!
 //! Run by `make demo`. Needs no root; two daemons on the loopback address, disks in sparse files.
-#![expect(clippy::print_stdout, clippy::exit, reason = "a program for a person at a terminal")]
+#![expect(clippy::print_stdout, reason = "a program for a person at a terminal")]
 mod cluster;
 mod load;
 mod nbd;
@@ -73,7 +73,7 @@ fn say(text: &str) {
 }
 
 fn mib(bytes: u64) -> String {
-    format!("{:.1} MiB", bytes as f64 / (1 << 20) as f64)
+    format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
 }
 
 fn run(args: &Args) -> Outcome<()> {
