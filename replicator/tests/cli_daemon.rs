@@ -282,6 +282,10 @@ fn two_nodes_from_fresh_disks_to_failover() {
         cluster.drbdadm("bravo", "wait-sync r0 --timeout 20", 0);
     }
     assert_eq!(cluster.drbdadm("alpha", "role r0", 0), "Primary/Secondary\n");
+    // The source hears of the end a moment after the target.
+    while cluster.drbdadm("alpha", "cstate r0", 0) == "SyncSource\n" {
+        cluster.drbdadm("alpha", "wait-sync r0 --timeout 20", 0);
+    }
     assert_eq!(cluster.drbdadm("alpha", "cstate r0", 0), "Connected\n");
     assert_eq!(
         cluster.drbdadm("alpha", "status r0", 0),
