@@ -1,5 +1,6 @@
 //! The programs as an operator uses them: one binary under its names, real daemons in their own run
 //! directories, sparse files as disks, the loopback as network.
+#![cfg(feature = "runtime")]
 #![expect(clippy::unwrap_used, reason = "a test ends where something is not as it should be")]
 #![expect(clippy::print_stdout, reason = "a skipped test says why")]
 use std::net::TcpListener;

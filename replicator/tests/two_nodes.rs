@@ -1,4 +1,5 @@
 //! Two resources in one process, over loopback TCP, with files as disks and an NBD client on a unix socket.
+#![cfg(feature = "runtime")]
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, reason = "a test: what fails, panics")]
 use lockstep_replicator::core::config::{NetConfig, ResourceConfig, VolumeConfig};
 use lockstep_replicator::core::event::AdminCommand;

@@ -1,6 +1,6 @@
 //! The daemon's resources and the verbs on them.
 //!
-//! A resource is either not here (never `up`, or `down`) or [`Running`]: an owner thread behind its
+//! A resource is either not here (never `up`, or `down`) or `Running`: an owner thread behind its
 //! handle, and its NBD listeners. Verbs that make or unmake this hold the
 //! resource's gate, one at a time; all others go straight to the core, so that `disconnect` works
 //! while a `primary` waits. A verb whose deadline passes is dropped at an await between two steps, each

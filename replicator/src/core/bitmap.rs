@@ -1,7 +1,7 @@
 //! The quick-sync bitmap: one bit per 4 KiB block, 1 = not proven equal on both nodes (SEM §11).
 //!
 //! Owns the bits in memory and which 4 KiB pages of them differ from the disk. Setting rounds outward,
-//! clearing inward ([`BlockRange::bits_touched`], [`BlockRange::bits_covered`]). A page counts as
+//! clearing inward (`BlockRange::bits_touched`, `BlockRange::bits_covered`). A page counts as
 //! changed until its snapshot was handed out; the caller reports a failed write by failing the disk.
 use crate::core::bits::Bits;
 use crate::meta::{BITMAP_PAGE_BITS, BITMAP_PAGE_BYTES, BitmapPage};

@@ -1,7 +1,7 @@
 //! The pool of payload buffers of one resource: aligned for `O_DIRECT`, counted, bounded.
 //!
-//! A [`BufferRef`] is one count on a buffer. Whoever needs the bytes holds one: the core (through
-//! [`BufferPool::hand_to_core`]), every disk IO and every frame in the ring. The memory goes back to the free list of
+//! A `BufferRef` is one count on a buffer. Whoever needs the bytes holds one: the core (through
+//! `BufferPool::hand_to_core`), every disk IO and every frame in the ring. The memory goes back to the free list of
 //! its size class when the last count is dropped, so it is never reused under an IO; and an operation in the ring
 //! owns its count until the kernel is done with it (see `ring.rs`).
 //!
