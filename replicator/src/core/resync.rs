@@ -229,7 +229,9 @@ impl Resource {
 
     pub(super) fn resync_bitmap_durable(&mut self, volume: usize) {
         let Some(resync) = &mut self.devices[volume].resync else { return };
-        if resync.union_durable || !resync.sent_last || !resync.peer_sent_last {
+        // The target starts behind the last mark announced to it: no page is left to write then.
+        let target_waits = !resync.source && resync.sync_uuid.is_none();
+        if resync.union_durable || target_waits || !resync.sent_last || !resync.peer_sent_last {
             return;
         }
         resync.union_durable = true;
@@ -481,7 +483,9 @@ impl Resource {
         // From here on writes may come for a disk that still counts as consistent: they wait (I5).
         self.rx.hold = true;
         self.set_repl(volume, ReplState::WFSyncUUID);
-        self.target_try_start(volume);
+        // Marks announced after the bitmaps were united are in memory only. The source forgets its own at
+        // our unflushed ack, so a power loss here would leave them nowhere: on disk first (I1).
+        self.write_bitmap(volume, BitmapThen::ResyncReady);
     }
 
     fn target_try_start(&mut self, volume: usize) {
