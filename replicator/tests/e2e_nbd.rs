@@ -1,10 +1,11 @@
 //! Two real daemons on the loopback address, their disks in files, driven by the command, loaded through NBD.
-#![cfg(feature = "runtime")]
 #![allow(
     clippy::print_stdout,
     clippy::disallowed_methods,
     clippy::unwrap_used,
-    reason = "tests in real time, telling why they skip; what fails, panics"
+    clippy::expect_used,
+    clippy::cast_possible_truncation,
+    reason = "tests in real time: they end where something is not as it should be, and say why they skip"
 )]
 #[path = "../examples/demo/cluster.rs"]
 #[allow(dead_code, reason = "shared with the demo")]

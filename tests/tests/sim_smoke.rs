@@ -30,8 +30,8 @@ fn fixed_seeds() {
 #[test]
 #[allow(clippy::print_stdout, reason = "says why it skips")]
 fn fresh_seeds() {
-    let Some(count) = std::env::var("LOCKSTEP_FRESH_SEEDS").ok().and_then(|count| count.parse::<u64>().ok())
-    else {
+    let wanted = std::env::var("LOCKSTEP_FRESH_SEEDS").ok();
+    let Some(count) = wanted.and_then(|count| count.parse::<u64>().ok()) else {
         println!("skipped: fresh seeds are run where LOCKSTEP_FRESH_SEEDS says how many");
         return;
     };

@@ -11,9 +11,10 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 /// Bytes of a block.
-pub(crate) const BLOCK: usize = BLOCK_WIRE as usize;
-/// The same as the protocol writes it.
-const BLOCK_WIRE: u32 = 4096;
+pub(crate) const BLOCK: usize = 4096;
+/// The same, as NBD counts.
+const BLOCK_LEN: u32 = 4096;
+const _: () = assert!(BLOCK_LEN as usize == BLOCK);
 
 /// The books of one block.
 #[derive(Clone, Copy, Debug, Default)]
@@ -137,7 +138,7 @@ impl Load {
                 let offset = (self.first_block + at as u64) * BLOCK as u64;
                 // One in 64 must be stable when it is acknowledged.
                 let fua = self.next().is_multiple_of(64);
-                let sent = client.send(Command::Write, fua, slot as u64, offset, &block, BLOCK_WIRE);
+                let sent = client.send(Command::Write, fua, slot as u64, offset, &block, BLOCK_LEN);
                 if let Err(error) = sent {
                     broken = Some(error);
                     break 'run;
