@@ -578,13 +578,15 @@ impl Resource {
             if self.devices[volume].repl > ReplState::Established {
                 self.set_repl(volume, ReplState::Established);
             }
-            // This copy goes on alone: as Primary, or for a Primary without a disk (SEM §12).
-            let primary = self.md_primary;
-            let for_peer = self.peer_role == Role::Primary;
-            let device = &self.devices[volume];
-            if (primary || for_peer) && device.disk == DiskState::UpToDate && device.uuids.bitmap == 0 {
-                self.bump_uuid(volume, true);
-            }
+        }
+        // This copy goes on alone: as Primary, or for a Primary without a disk (SEM §12). A peer promoted
+        // while its disk is being attached writes here only, too: its disk must come back as the older.
+        let for_peer = self.peer_role == Role::Primary;
+        let alone = gone && (self.md_primary || for_peer);
+        let device = &self.devices[volume];
+        let serves = for_peer && device.peer_disk == DiskState::Attaching;
+        if (alone || serves) && device.disk == DiskState::UpToDate && device.uuids.bitmap == 0 {
+            self.bump_uuid(volume, true);
         }
         self.try_complete_flushes();
     }

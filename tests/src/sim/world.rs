@@ -94,6 +94,11 @@ pub struct World {
     pub check_data: bool,
     /// Writes acked by a node while the other did not take part.
     pub ahead: [bool; 2],
+    /// When it last acked such a write, and when it last became the source of a resync.
+    lone_ack: [u64; 2],
+    source_since: [u64; 2],
+    /// The last resync a node took part in had it as the target.
+    was_target: [bool; 2],
     /// Alarms that rang, for the workload.
     pub alarms: Vec<u64>,
     /// Messages delivered so far.
@@ -144,6 +149,9 @@ impl World {
             asked: BTreeMap::new(),
             check_data: true,
             ahead: [false; 2],
+            lone_ack: [0; 2],
+            source_since: [0; 2],
+            was_target: [false; 2],
             alarms: Vec::new(),
             delivered: 0,
             cut_after: None,
@@ -341,10 +349,12 @@ impl World {
                 self.history.answer(record, ok, fua && both, self.now);
                 if ok && !self.mirrors(node) {
                     self.ahead[node] = true;
+                    self.lone_ack[node] = self.now;
                 }
                 // Without a disk of its own it is the other's copy that goes on.
                 if ok && self.state(node).is_some_and(|state| state.1 < DiskState::Inconsistent) {
                     self.ahead[1 - node] = true;
+                    self.lone_ack[1 - node] = self.now;
                 }
             }
             Some(Asked::Flush { issued }) if ok => self.history.flushed(issued),
@@ -675,6 +685,7 @@ impl World {
             Output::Release(id) => self.nodes[node].release(id),
             Output::Event(event) => {
                 self.trace(|| format!("n{node} event {event:?}"));
+                self.follow_resync(node, &event);
                 if matches!(
                     event,
                     Event::Role(..) | Event::Handshake(_) | Event::ResyncDone { .. } | Event::Note(..)
@@ -698,6 +709,25 @@ impl World {
                 }
                 self.nodes[node].disk_open = false;
             }
+        }
+    }
+
+    /// A target that is done has all its source had when the resync began, even if the source dies
+    /// before it hears of the end.
+    fn follow_resync(&mut self, node: usize, event: &Event) {
+        match event {
+            Event::Repl(_, _, ReplState::SyncSource) => {
+                self.source_since[node] = self.now;
+                self.was_target[node] = false;
+            }
+            Event::Repl(_, _, ReplState::SyncTarget) => self.was_target[node] = true,
+            Event::ResyncDone { bits_failed: 0, .. } if self.was_target[node] => {
+                let source = 1 - node;
+                if self.lone_ack[source] <= self.source_since[source] {
+                    self.ahead[source] = false;
+                }
+            }
+            _ => {}
         }
     }
 
