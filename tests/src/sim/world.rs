@@ -347,7 +347,11 @@ impl World {
             Some(Asked::Write { record, fua }) => {
                 let both = self.options.net.protocol == Protocol::C;
                 self.history.answer(record, ok, fua && both, self.now);
-                if ok && !self.mirrors(node) {
+                // A node without a disk cannot be ahead itself, even if the other's is on its way out.
+                let holds = self
+                    .state(node)
+                    .is_some_and(|state| !matches!(state.1, DiskState::Diskless | DiskState::Attaching));
+                if ok && holds && !self.mirrors(node) {
                     self.ahead[node] = true;
                     self.lone_ack[node] = self.now;
                 }
