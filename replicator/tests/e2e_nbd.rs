@@ -151,6 +151,7 @@ fn killed_again_and_again(protocol: char, kills: usize, seed: u64) {
         let secondary = 1 - primary;
         let victim_is_primary = dice.roll(2) == 0;
         let resynced_node;
+        let mut failed_over = false;
         if victim_is_primary {
             cluster.kill(primary).unwrap();
             books = running.finish(false).0;
@@ -162,6 +163,7 @@ fn killed_again_and_again(protocol: char, kills: usize, seed: u64) {
                 cluster.must(primary, ["up", RESOURCE]).unwrap();
                 resynced_node = primary;
                 primary = secondary;
+                failed_over = true;
             } else {
                 cluster.start(primary).unwrap();
                 cluster.must(primary, ["up", RESOURCE]).unwrap();
@@ -186,7 +188,7 @@ fn killed_again_and_again(protocol: char, kills: usize, seed: u64) {
         }
         let status = cluster.wait_in_sync(resynced_node, 60).unwrap();
         cluster.wait_in_sync(1 - resynced_node, 60).unwrap();
-        if victim_is_primary && resynced_node != primary {
+        if failed_over {
             // It started anew in this round and no load ran since: what it received is what was resynced,
             // and that is at most what was dirty or hot: the load's area and the extents at its edges.
             let received = number(&status, "received") * 1024;
