@@ -1,4 +1,5 @@
 //! Programs that we did not write, on a mirrored disk served by a real daemon over NBD.
+#![cfg(feature = "runtime")]
 #![allow(
     clippy::print_stdout,
     clippy::disallowed_methods,

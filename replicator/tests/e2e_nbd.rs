@@ -1,4 +1,5 @@
 //! Two real daemons on the loopback address, their disks in files, driven by the command, loaded through NBD.
+#![cfg(feature = "runtime")]
 #![allow(
     clippy::print_stdout,
     clippy::disallowed_methods,
