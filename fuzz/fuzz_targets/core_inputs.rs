@@ -300,6 +300,10 @@ impl World {
             Output::Export { size, .. } => {
                 node.exported = size.is_some();
             }
+            Output::RunHandler { token, .. } => {
+                let exit_code = Some(4).filter(|_| token.0 % 3 == 0);
+                node.core.handle(self.now, Input::HandlerDone { token, exit_code });
+            }
             Output::DiskReleased(_) => {
                 assert!(node.ios.is_empty() && node.metas.is_empty(), "given back with IO in flight");
                 node.disk_open = false;

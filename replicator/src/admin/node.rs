@@ -367,7 +367,9 @@ impl Node {
             None => self.source.clone(),
         };
         let loaded = plan::load(&source)?;
-        let resource = plan::local(&loaded, name, &source.node, &self.run_dir)?;
+        let mut resource = plan::local(&loaded, name, &source.node, &self.run_dir)?;
+        let config_path = source.config.display().to_string();
+        resource.runtime.handlers.environment.push(("DRBD_CONF".into(), config_path));
         let preference = match resource.front_end {
             choice::Preference::Auto => self.frontend,
             own => own,

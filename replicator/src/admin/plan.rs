@@ -4,8 +4,10 @@ use crate::admin::cli::GlobalOptions;
 use crate::admin::config::{self, Address, Config, Connection, Host, HostVolume, MetaDisk, Resource, table};
 use crate::admin::outcome::{self, Failure};
 use crate::admin::process;
+use crate::core::event::HandlerName;
 use crate::frontend::choice::Preference;
 use crate::frontend::server::NbdAddress;
+use crate::runtime::handlers::HandlerPlan;
 use crate::runtime::{RuntimeConfig, backing};
 use crate::units::VolumeNr;
 use std::net::{IpAddr, SocketAddr, SocketAddrV6};
@@ -224,12 +226,67 @@ pub fn local(loaded: &Loaded, name: &str, node: &str, run_dir: &Path) -> Result<
     Ok(LocalResource {
         runtime: RuntimeConfig {
             spin_us: u32::try_from(spin_us).unwrap_or(u32::MAX),
+            handlers: handlers(resource, host, (local_addr, peer_addr)),
             ..RuntimeConfig::new(core, local_addr, peer_addr)
         },
         volumes: host.volumes.iter().map(LocalVolume::from).collect(),
         nbd,
         front_end,
     })
+}
+
+/// The configured handlers and what DRBD tells them (ADM §8.1).
+fn handlers(resource: &Resource, own: &Host, (local, remote): (SocketAddr, SocketAddr)) -> HandlerPlan {
+    let commands = HandlerName::ALL.iter().filter_map(|name| {
+        let found = resource.handlers.iter().find(|setting| setting.spec.name == name.name())?;
+        Some((*name, resource.handlers.text(found.spec).to_owned()))
+    });
+    let family = |address: SocketAddr| if address.is_ipv4() { "ipv4" } else { "ipv6" }.to_owned();
+    let disk = |volume: &HostVolume| {
+        volume.disk.as_ref().map_or_else(|| "none".to_owned(), |disk| disk.display().to_string())
+    };
+    let joined = |values: Vec<String>| values.join(" ");
+    let text = |name: &str, value: String| (name.to_owned(), value);
+    let mut environment = vec![
+        text("DRBD_RESOURCE", resource.name.clone()),
+        text("DRBD_MINOR", joined(own.volumes.iter().map(|v| v.minor.to_string()).collect())),
+        text("DRBD_VOLUME", joined(own.volumes.iter().map(|v| v.nr.to_string()).collect())),
+        text("DRBD_LL_DISK", joined(own.volumes.iter().map(disk).collect())),
+        text("DRBD_MY_NODE_ID", own.node_id.to_string()),
+        text("DRBD_MY_AF", family(local)),
+        text("DRBD_MY_ADDRESS", local.ip().to_string()),
+        text("DRBD_PEER_AF", family(remote)),
+        text("DRBD_PEER_ADDRESS", remote.ip().to_string()),
+        // Only a node with good data has a reason to fence.
+        text("UP_TO_DATE_NODES", format!("0x{:08x}", 1_u64.checked_shl(own.node_id).unwrap_or(0))),
+    ];
+    if let Some(peer) = resource.peer_of(own.name()) {
+        environment.push(text("DRBD_PEER", peer.name().to_owned()));
+        environment.push(text("DRBD_PEERS", peer.name().to_owned()));
+        environment.push(text("DRBD_PEER_NODE_ID", peer.node_id.to_string()));
+    }
+    for host in &resource.hosts {
+        environment.push((format!("DRBD_NODE_ID_{}", host.node_id), host.name().to_owned()));
+    }
+    for volume in &own.volumes {
+        environment.push((format!("DRBD_MINOR_{}", volume.nr), volume.minor.to_string()));
+        environment.push((format!("DRBD_BACKING_DEV_{}", volume.nr), disk(volume)));
+    }
+    let volume_environment = own.volumes.iter().map(|volume| {
+        let own = vec![
+            text("DRBD_MINOR", volume.minor.to_string()),
+            text("DRBD_VOLUME", volume.nr.to_string()),
+            text("DRBD_LL_DISK", disk(volume)),
+            text("DRBD_BACKING_DEV", disk(volume)),
+        ];
+        (VolumeNr(volume.nr), own)
+    });
+    HandlerPlan {
+        commands: commands.collect(),
+        environment,
+        volume_environment: volume_environment.collect(),
+        ..HandlerPlan::default()
+    }
 }
 
 /// Own and peer's address of the first path.

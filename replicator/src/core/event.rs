@@ -31,6 +31,55 @@ id!(/// An operator's command, chosen by the runtime.
     AdminId(u64));
 id!(/// A payload buffer of the runtime.
     BufferId(u32));
+id!(/// One run of a handler; chosen by the core, never used twice.
+    HandlerToken(u64));
+
+macro_rules! handlers {
+    ($($(#[$doc:meta])* $variant:ident = $name:literal,)*) => {
+        /// A program of the operator, from the `handlers` section, with DRBD's name (ADM §8.2).
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        pub enum HandlerName { $($(#[$doc])* $variant,)* }
+
+        impl HandlerName {
+            /// All of them.
+            pub const ALL: &[Self] = &[$(Self::$variant),*];
+
+            /// As the configuration spells it.
+            #[must_use]
+            pub const fn name(self) -> &'static str {
+                match self { $(Self::$variant => $name,)* }
+            }
+        }
+    };
+}
+handlers! {
+    /// A Primary lost the last good copy.
+    PriOnInconDegr = "pri-on-incon-degr",
+    /// A split-brain policy decided against a Primary that could not be demoted.
+    PriLostAfterSb = "pri-lost-after-sb",
+    /// A Primary should become a resync target.
+    PriLost = "pri-lost",
+    /// A peer that cannot be reached shall be fenced.
+    FencePeer = "fence-peer",
+    /// The peer is in sync again.
+    UnfencePeer = "unfence-peer",
+    /// The local disk failed.
+    LocalIoError = "local-io-error",
+    /// Split brain, before the policies are asked.
+    InitialSplitBrain = "initial-split-brain",
+    /// Split brain that no policy resolved.
+    SplitBrain = "split-brain",
+    /// Before this node becomes a resync target.
+    BeforeResyncTarget = "before-resync-target",
+    /// This node was a resync target.
+    AfterResyncTarget = "after-resync-target",
+    /// Before this node becomes a resync source.
+    BeforeResyncSource = "before-resync-source",
+    /// A verify found differences.
+    OutOfSync = "out-of-sync",
+    /// A connection ended.
+    Disconnected = "disconnected",
+}
 
 /// What the front end asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -228,6 +277,14 @@ pub enum Input {
         /// What to do.
         command: AdminCommand,
     },
+    /// A handler ended. Late answers are ignored by their token.
+    HandlerDone {
+        /// Which run.
+        token: HandlerToken,
+        /// Its exit code; `None` when it could not be started, was killed, or took too long. A handler
+        /// that is not configured answers 0, as DRBD's helper does.
+        exit_code: Option<i32>,
+    },
     /// The deadline of `poll_timeout` has passed.
     Timeout,
 }
@@ -363,6 +420,15 @@ pub enum Output {
     },
     /// The backing disk of the volume is no longer used; close it.
     DiskReleased(VolumeNr),
+    /// Run this program of the operator, if there is one, and answer with [`Input::HandlerDone`].
+    RunHandler {
+        /// Echoed in the answer.
+        token: HandlerToken,
+        /// Which program.
+        name: HandlerName,
+        /// The volume it is about; `None`: the connection.
+        volume: Option<VolumeNr>,
+    },
 }
 
 /// What an operator sees: state changes and decisions, in the order they happened.

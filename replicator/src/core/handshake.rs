@@ -7,7 +7,8 @@
 //! identifier is announced only when it is durable, and nothing that was announced changes before the
 //! decision: verbs wait, a failing disk drops the session.
 use super::device::Device;
-use super::event::{Event, Payload, Severity};
+use super::event::{Event, HandlerName, Payload, Severity};
+use super::handlers::Purpose;
 use super::state::{ConnState, DiskState, ReplState, Role};
 use super::uuid::{Fix, Obstacle, Outcome, Rule, Side, UuidSet, decide};
 use super::{Resource, config};
@@ -345,6 +346,10 @@ impl Resource {
             return self.refuse_peer("dry-run connect: nothing was changed", "connect without --tentative");
         }
         if let Some((nr, obstacle)) = refused.first() {
+            if *obstacle == Obstacle::SplitBrain {
+                self.run_handler(HandlerName::InitialSplitBrain, Some(*nr), Purpose::Notice);
+                self.run_handler(HandlerName::SplitBrain, Some(*nr), Purpose::Notice);
+            }
             let (why, advice) = obstacle_text(*obstacle, &self.cfg.name);
             return self.refuse_peer(&format!("volume {}: {why}", nr.0), &advice);
         }

@@ -14,6 +14,7 @@
 //! | `handshake.rs`, `uuid.rs` | what two nodes conclude when they meet |
 //! | `resync.rs` | bitmap exchange, source, target |
 //! | `role.rs`, `verbs.rs` | operators' verbs and refusals |
+//! | `handlers.rs` | operators' programs that are run at certain events |
 //! | `bitmap.rs`, `activity_log.rs`, `interval.rs`, `timer.rs` | leaves without knowledge of the rest |
 //!
 //! Invariants I1-I8 (`docs/invariants.md`) are kept here and asserted where they are cheap to see.
@@ -25,6 +26,7 @@ mod bits;
 pub mod config;
 mod device;
 pub mod event;
+mod handlers;
 mod handshake;
 pub mod interval;
 mod link;
@@ -127,6 +129,7 @@ pub struct Resource {
     /// Verbs that wait for the end of a handshake.
     parked: VecDeque<(AdminId, AdminCommand)>,
     next_state_request: u64,
+    handlers: handlers::Handlers,
     /// Scratch list of lock owners, kept for its memory.
     granted: Vec<LockOwner>,
 }
@@ -165,6 +168,7 @@ impl Resource {
             asked: Vec::new(),
             parked: VecDeque::new(),
             next_state_request: 0,
+            handlers: handlers::Handlers::default(),
             granted: Vec::new(),
         }
     }
@@ -185,6 +189,7 @@ impl Resource {
             Input::Admin { id, command } => self.on_admin(id, command),
             Input::Opened(volume) => self.on_opened(volume, 1),
             Input::Closed(volume) => self.on_opened(volume, -1),
+            Input::HandlerDone { token, exit_code } => self.on_handler_done(token, exit_code),
             Input::Timeout => {
                 while let Some(timer) = self.timers.take_due(now) {
                     self.on_timer(timer);

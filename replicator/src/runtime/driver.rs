@@ -14,6 +14,7 @@
 //! peer works at the same time.
 use super::buffers::BufferPool;
 use super::disk::{Answer, DataJob, Disk, DiskJob, MetaJob};
+use super::handlers::{self, HandlerPlan};
 use super::inbox::{Inbox, Item};
 use super::nbd_conn::{Client, Demand, FrontRequest, Origin, Shared};
 use super::net::Wish;
@@ -24,8 +25,8 @@ use super::story;
 use super::ublk_dev::UblkDisk;
 use crate::core::Resource;
 use crate::core::event::{
-    AdminCommand, AdminId, BufferId, DiskIo, Event, Input, IoError, LostReason, Output, Refusal,
-    RequestError, SessionId,
+    AdminCommand, AdminId, BufferId, DiskIo, Event, HandlerName, HandlerToken, Input, IoError, LostReason,
+    Output, Refusal, RequestError, SessionId,
 };
 use crate::core::state::DiskState;
 use crate::frontend::nbd::{Extent, ExtentKind, Request as NbdRequest, allocation};
@@ -108,6 +109,7 @@ pub(super) struct Driver {
     admins: BTreeMap<AdminId, Pending>,
     last_admin: u64,
     inbox: Arc<Inbox>,
+    handlers: HandlerPlan,
     inbox_fd: Rc<OwnedFd>,
     outside: Outside,
     spin: Duration,
@@ -132,6 +134,7 @@ pub(super) struct Parts {
     pub(super) spin_us: u32,
     pub(super) buffer_bytes: usize,
     pub(super) inbox: Arc<Inbox>,
+    pub(super) handlers: HandlerPlan,
     pub(super) inbox_fd: OwnedFd,
     pub(super) outside: Outside,
 }
@@ -161,6 +164,7 @@ impl Driver {
             admins: BTreeMap::new(),
             last_admin: 0,
             inbox: parts.inbox,
+            handlers: parts.handlers,
             inbox_fd: Rc::new(parts.inbox_fd),
             outside: parts.outside,
             spin: Duration::from_micros(parts.spin_us.into()),
@@ -396,6 +400,9 @@ impl Driver {
                     client.on_extents(command, &extents);
                 }
             }
+            Item::HandlerDone { token, exit_code } => {
+                self.core.handle(self.now, Input::HandlerDone { token, exit_code });
+            }
             Item::Stop => {
                 self.stop_deadline = Some(self.now.plus_ms(STOP_LIMIT_MS));
                 self.outside.wish.send_modify(|wish| wish.connect = false);
@@ -560,7 +567,24 @@ impl Driver {
             }
             // Jobs under way keep it open until they are done.
             Output::DiskReleased(volume) => drop(self.disks.remove(&volume)),
+            Output::RunHandler { token, name, volume } => self.run_handler(token, name, volume),
         }
+    }
+
+    fn run_handler(&mut self, token: HandlerToken, name: HandlerName, volume: Option<VolumeNr>) {
+        let Some(command) = self.handlers.command(name, volume) else {
+            self.core.handle(self.now, Input::HandlerDone { token, exit_code: Some(0) });
+            return;
+        };
+        let (inbox, resource, limit) = (Arc::clone(&self.inbox), self.name.clone(), self.handlers.limit);
+        let task = self.outside.tokio.spawn(async move {
+            let exit_code = handlers::run(&resource, name, command, limit).await;
+            if inbox.push(Item::HandlerDone { token, exit_code }).is_err() {
+                tracing::warn!(resource, "the inbox is full; the end of a handler is not noticed");
+            }
+        });
+        // Joined through the inbox.
+        drop(task);
     }
 
     fn complete(&mut self, key: u64, result: Result<(), RequestError>, data: Option<BufferId>) {

@@ -2,6 +2,7 @@
 use super::backing::Backing;
 use super::buffers::DEFAULT_POOL_BYTES;
 use super::driver::{Context, Driver, Outside, Parts};
+use super::handlers::HandlerPlan;
 use super::inbox::{Inbox, Item};
 use super::net::{self, NetConfig, Wish};
 use super::ring::{Ring, RingError};
@@ -39,13 +40,22 @@ pub struct RuntimeConfig {
     pub spin_us: u32,
     /// Bound on payload buffers, bytes. Default 256 MiB, at least 16 MiB.
     pub buffer_bytes: usize,
+    /// The operator's handlers. Default: none.
+    pub handlers: HandlerPlan,
 }
 
 impl RuntimeConfig {
     /// With defaults for what is not given.
     #[must_use]
-    pub const fn new(core: ResourceConfig, local_addr: SocketAddr, peer_addr: SocketAddr) -> Self {
-        Self { core, local_addr, peer_addr, spin_us: 0, buffer_bytes: DEFAULT_POOL_BYTES }
+    pub fn new(core: ResourceConfig, local_addr: SocketAddr, peer_addr: SocketAddr) -> Self {
+        Self {
+            core,
+            local_addr,
+            peer_addr,
+            spin_us: 0,
+            buffer_bytes: DEFAULT_POOL_BYTES,
+            handlers: HandlerPlan::default(),
+        }
     }
 }
 
@@ -150,6 +160,7 @@ impl ResourceHandle {
             spin_us: config.spin_us,
             buffer_bytes: config.buffer_bytes,
             inbox: Arc::clone(&inbox),
+            handlers: config.handlers,
             inbox_fd,
             outside: Outside { events: events.clone(), exports: exports_sender, wish, tokio: tokio.clone() },
         };

@@ -2,7 +2,7 @@
 //!
 //! For what happens on a human scale: commands, new sockets. The eventfd is written only when the queue was empty.
 use super::backing::Backing;
-use crate::core::event::{AdminCommand, Refusal};
+use crate::core::event::{AdminCommand, HandlerToken, Refusal};
 use crate::core::status::ResourceStatus;
 use crate::frontend::nbd::{Extent, Negotiated};
 use crate::meta::Attached;
@@ -48,6 +48,8 @@ pub(super) enum Item {
     },
     /// A helper thread has looked up a client's block status.
     Extents { client: usize, command: usize, extents: Vec<Extent> },
+    /// A handler has ended.
+    HandlerDone { token: HandlerToken, exit_code: Option<i32> },
     /// End the thread.
     Stop,
 }

@@ -13,6 +13,7 @@
 //! | `ublk_dev.rs` | requests of ublk disks |
 //! | `disk.rs`, `backing.rs` | backing disks |
 //! | `net.rs`, `preamble.rs` | finding the peer, on tokio |
+//! | `handlers.rs` | the operator's handlers, on tokio |
 //! | `story.rs` | events for the log |
 //!
 //! Unsafe code is in `ring.rs`, `disk.rs` and `buffers.rs` only.
@@ -21,6 +22,7 @@ pub mod buffers;
 mod disk;
 mod driver;
 mod handle;
+pub mod handlers;
 mod inbox;
 mod memory;
 mod nbd_conn;

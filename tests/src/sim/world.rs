@@ -6,8 +6,8 @@ use lockstep_proto::Message;
 use lockstep_replicator::core::Resource;
 use lockstep_replicator::core::config::{NetConfig, Protocol, VolumeConfig};
 use lockstep_replicator::core::event::{
-    AdminCommand, DiskIo, DiskOk, DiskOp, Event, Input, IoError, IoId, LostReason, MetaId, Output, Payload,
-    Request, RequestId, RequestOp, SessionId,
+    AdminCommand, DiskIo, DiskOk, DiskOp, Event, HandlerName, HandlerToken, Input, IoError, IoId, LostReason,
+    MetaId, Output, Payload, Request, RequestId, RequestOp, SessionId,
 };
 use lockstep_replicator::core::state::{ConnState, DiskState, ReplState, Role};
 use lockstep_replicator::core::status::ResourceStatus;
@@ -52,6 +52,7 @@ enum Ev {
     Connect,
     Timer { node: usize, life: u64, at: Time },
     Alarm(u64),
+    Handler { node: usize, life: u64, token: HandlerToken, code: i32 },
 }
 
 enum Wire {
@@ -99,6 +100,10 @@ pub struct World {
     source_since: [u64; 2],
     /// The last resync a node took part in had it as the target.
     was_target: [bool; 2],
+    /// Handlers that were run: when, where, which.
+    pub handler_runs: Vec<(u64, usize, HandlerName)>,
+    /// What handlers answer; `None` hangs. Default 0.
+    pub handler_answers: BTreeMap<(usize, HandlerName), Option<i32>>,
     /// Alarms that rang, for the workload.
     pub alarms: Vec<u64>,
     /// Messages delivered so far.
@@ -152,6 +157,8 @@ impl World {
             lone_ack: [0; 2],
             source_since: [0; 2],
             was_target: [false; 2],
+            handler_runs: Vec::new(),
+            handler_answers: BTreeMap::new(),
             alarms: Vec::new(),
             delivered: 0,
             cut_after: None,
@@ -535,7 +542,10 @@ impl World {
                 }
             }
             Ev::Alarm(tag) => self.alarms.push(tag),
-            Ev::Disk { .. } | Ev::Meta { .. } | Ev::Timer { .. } => {}
+            Ev::Handler { node, life, token, code } if self.nodes[node].life == life => {
+                self.feed(node, Input::HandlerDone { token, exit_code: Some(code) });
+            }
+            Ev::Disk { .. } | Ev::Meta { .. } | Ev::Timer { .. } | Ev::Handler { .. } => {}
         }
     }
 
@@ -707,6 +717,15 @@ impl World {
                 self.nodes[node].answers.insert(id.0, result);
             }
             Output::Export { size, .. } => self.nodes[node].exported = size.is_some(),
+            Output::RunHandler { token, name, .. } => {
+                self.trace(|| format!("n{node} runs handler {}", name.name()));
+                self.handler_runs.push((self.now, node, name));
+                let answer = self.handler_answers.get(&(node, name)).copied().unwrap_or(Some(0));
+                let life = self.nodes[node].life;
+                if let Some(code) = answer {
+                    self.schedule(self.now + MS, Ev::Handler { node, life, token, code });
+                }
+            }
             Output::DiskReleased(_) => {
                 if !self.nodes[node].ios.is_empty() || !self.nodes[node].metas.is_empty() {
                     self.fail(format!("n{node}: disk let go with IO in flight"));
