@@ -1,7 +1,7 @@
 //! One volume: its disk state, identifiers, activity log, bitmap and range locks.
 //!
 //! A `Device` holds facts and small queries; the files named after procedures (`metadata.rs`,
-//! `resync.rs`, `attach.rs`, …) change them as `impl Resource`.
+//! `resync/`, `attach.rs`, …) change them as `impl Resource`.
 use crate::core::activity_log::ActivityLog;
 use crate::core::attach::DiskProcedure;
 use crate::core::bitmap::Bitmap;

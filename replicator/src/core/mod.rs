@@ -12,7 +12,7 @@
 //! | `attach.rs` | taking and leaving a backing disk, disk failure |
 //! | `link.rs` | the connection: up, alive, lost |
 //! | `handshake.rs`, `uuid.rs` | what two nodes conclude when they meet |
-//! | `resync.rs` | bitmap exchange, source, target |
+//! | `resync/` | bitmap exchange, source, target |
 //! | `role.rs`, `verbs.rs` | operators' verbs and refusals |
 //! | `handlers.rs` | operators' programs that are run at certain events |
 //! | `bitmap.rs`, `activity_log.rs`, `interval.rs`, `timer.rs` | leaves without knowledge of the rest |

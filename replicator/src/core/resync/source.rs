@@ -1,0 +1,230 @@
+//! The source: reads what the target asks for and holds the range until its ack (SEM §19).
+use super::{RsRead, RsReadStep, TICK_MS};
+use crate::core::event::{DiskOk, DiskOp, IoError, Output, Payload, Severity};
+use crate::core::interval::LockOwner;
+use crate::core::metadata::BitmapThen;
+use crate::core::request::range_of;
+use crate::core::state::{ConnState, DiskState, ReplState, Role};
+use crate::core::timer::Timer;
+use crate::core::{IoContext, Resource};
+use lockstep_proto::{Message, limits, v1};
+
+impl Resource {
+    /// The sync identifier is durable: the target may start.
+    pub(in crate::core) fn source_started(&mut self, volume: usize) {
+        let bits = self.devices[volume].bitmap.count();
+        let now = self.now;
+        match &mut self.devices[volume].resync {
+            Some(resync) if resync.source && resync.union_durable => {
+                resync.bits_total = bits;
+                resync.started = now;
+            }
+            _ => return,
+        }
+        if self.devices[volume].repl != ReplState::WFBitMapS {
+            return;
+        }
+        self.devices[volume].peer_may_have_current = true;
+        let uuids = self.devices[volume].uuids;
+        let header = v1::SyncUuid {
+            volume: u32::from(self.devices[volume].nr.0),
+            sync_uuid: uuids.bitmap,
+            uuid_current: uuids.current,
+            uuid_history_0: uuids.history[0],
+            uuid_history_1: uuids.history[1],
+        };
+        self.send(Message::SyncUuid(header), Payload::None);
+        self.set_repl(volume, ReplState::SyncSource);
+        self.set_peer_disk_fact(volume, DiskState::Inconsistent);
+        self.timers.set_if_idle(Timer::Resync, self.now.plus_ms(TICK_MS));
+    }
+
+    /// Stands behind the writes that the target, if it is Primary, sent before it.
+    pub(in crate::core) fn on_rs_data_request(&mut self, header: &v1::BlockRequest) {
+        let open: usize = self.devices.iter().map(|device| device.rs_reads.len()).sum();
+        if open + self.nr_receive_queued() >= crate::core::peer_request::MAX_PEER_READS {
+            return self.protocol_error("more resync requests than the window allows");
+        }
+        if self.receive_must_queue() {
+            self.queue_resync_read(header);
+        } else {
+            self.start_resync_read(header);
+        }
+    }
+
+    pub(in crate::core) fn start_resync_read(&mut self, header: &v1::BlockRequest) {
+        let place = self.wire_device(header.volume).zip(range_of(header.sector, header.nr_sectors));
+        let Some((volume, range)) = place.filter(|(volume, range)| {
+            range.within(self.devices[*volume].size) && range.len().0 <= limits::MAX_REQUEST_SECTORS
+        }) else {
+            return self.protocol_error("a resync request outside the volume");
+        };
+        if self.devices[volume].resync.is_none() {
+            // The resync ended here and the peer has not heard of it yet.
+            return;
+        }
+        if self.devices[volume].repl != ReplState::SyncSource {
+            return self.protocol_error("a resync request, but this node is no source");
+        }
+        let Some(session) = self.session.as_ref().map(|session| session.id) else { return };
+        let device = &mut self.devices[volume];
+        let key = device.rs_reads.insert(RsRead {
+            session,
+            range,
+            request: header.request,
+            step: RsReadStep::Locking,
+        });
+        if device.locks.lock(range, LockOwner::ResyncSource(key)) {
+            self.resync_read_locked(volume, key);
+        }
+    }
+
+    pub(in crate::core) fn resync_read_locked(&mut self, volume: usize, key: usize) {
+        let read = &mut self.devices[volume].rs_reads[key];
+        read.step = RsReadStep::Reading;
+        let range = read.range;
+        self.submit_io(volume, DiskOp::Read, Some(range), false, None, IoContext::ResyncRead { volume, key });
+    }
+
+    pub(in crate::core) fn on_resync_read_done(
+        &mut self,
+        volume: usize,
+        key: usize,
+        result: Result<DiskOk, IoError>,
+    ) {
+        self.devices[volume].ios -= 1;
+        let RsRead { session, range, request, .. } = self.devices[volume].rs_reads[key];
+        let current = self.session.as_ref().is_some_and(|now| now.id == session)
+            && self.devices[volume].repl == ReplState::SyncSource;
+        let number = u32::from(self.devices[volume].nr.0);
+        let reply =
+            v1::BlockReply { volume: number, sector: range.start().0, nr_sectors: range.len().0, request };
+        match result {
+            Ok(DiskOk { buffer, all_zero }) => {
+                if current {
+                    self.devices[volume].rs_reads[key].step = RsReadStep::Held;
+                    match buffer {
+                        Some(id) if !all_zero => {
+                            self.devices[volume].counters.sent_sectors += range.len().0;
+                            self.send(Message::RsDataReply(reply), Payload::Buffer { id, len: range.len() });
+                        }
+                        _ => self.send(Message::RsDeallocated(reply), Payload::None),
+                    }
+                }
+                if let Some(id) = buffer {
+                    self.out.push_back(Output::Release(id));
+                }
+                if current && self.role != Role::Primary && !self.md_primary {
+                    self.devices[volume].rs_reads[key].step = RsReadStep::Sent;
+                    self.unlock(volume, range, LockOwner::ResyncSource(key));
+                }
+            }
+            Err(error) => {
+                if current {
+                    let ack = self.read_ack(volume, range, request);
+                    self.send(Message::NegRsDReply(ack), Payload::None);
+                }
+                self.devices[volume].rs_reads.remove(key);
+                self.unlock(volume, range, LockOwner::ResyncSource(key));
+                self.on_local_io_error(volume, "a resync read from the local disk", Some(range), error);
+                return;
+            }
+        }
+        if !current {
+            self.devices[volume].rs_reads.remove(key);
+            self.unlock(volume, range, LockOwner::ResyncSource(key));
+        }
+    }
+
+    /// The target wrote the range (or could not).
+    pub(in crate::core) fn on_rs_write_ack(&mut self, header: &v1::BlockAck, written: bool) {
+        let Some(volume) = self.wire_device(header.volume) else {
+            return self.protocol_error("a resync answer for a volume this node does not have");
+        };
+        if !written && self.devices[volume].repl == ReplState::SyncTarget {
+            return self.on_neg_rs_reply(volume, header);
+        }
+        let found = self.devices[volume]
+            .rs_reads
+            .iter()
+            .find(|(_, read)| {
+                read.request == header.request && matches!(read.step, RsReadStep::Held | RsReadStep::Sent)
+            })
+            .map(|(key, _)| key);
+        let Some(key) = found else {
+            if self.devices[volume].resync.is_none() {
+                return;
+            }
+            return self.protocol_error("a resync answer nobody waits for");
+        };
+        let RsRead { range, step, .. } = self.devices[volume].rs_reads.remove(key);
+        if written {
+            self.devices[volume].unmark(range);
+        }
+        if step == RsReadStep::Held {
+            self.unlock(volume, range, LockOwner::ResyncSource(key));
+        }
+    }
+
+    pub(in crate::core) fn on_resync_finished(&mut self, header: &v1::ResyncFinished) {
+        let Some(volume) = self.wire_device(header.volume) else { return };
+        if self.devices[volume].resync.is_none() {
+            return;
+        }
+        if self.devices[volume].repl != ReplState::SyncSource {
+            return self.protocol_error("the end of a resync that is not running");
+        }
+        if header.failed_bits > 0 {
+            if let Some(resync) = &mut self.devices[volume].resync {
+                resync.bits_failed = header.failed_bits;
+            }
+            self.note(
+                Severity::Error,
+                format!(
+                    "the peer could not take {} blocks of 4 KiB; its disk stays Inconsistent",
+                    header.failed_bits
+                ),
+            );
+            self.end_resync(volume);
+            return;
+        }
+        if let Some(resync) = &mut self.devices[volume].resync {
+            resync.peer_finished = true;
+        }
+        self.source_try_finish(volume);
+    }
+
+    /// The target is done; this side is when its own bits are gone too.
+    pub(in crate::core) fn source_try_finish(&mut self, volume: usize) {
+        let Some(resync) = &self.devices[volume].resync else { return };
+        if !resync.source || !resync.peer_finished || resync.finishing {
+            return;
+        }
+        if self.devices[volume].bitmap.count() != 0 {
+            // A write acked as in sync whose local leg is still on the way clears its bits when it is done.
+            if !self.in_sync_pending(volume) {
+                let left = self.devices[volume].bitmap.count();
+                self.drop_session(
+                    ConnState::ProtocolError,
+                    &format!("the peer says the resync is done, but {left} blocks are still marked here; starting over"),
+                );
+            }
+            return;
+        }
+        if let Some(resync) = &mut self.devices[volume].resync {
+            resync.finishing = true;
+        }
+        self.write_bitmap(volume, BitmapThen::SourceFinish);
+    }
+
+    pub(in crate::core) fn source_bitmap_durable(&mut self, volume: usize) {
+        if !self.devices[volume].resync.as_ref().is_some_and(|resync| resync.source && resync.peer_finished) {
+            return;
+        }
+        self.devices[volume].uuids.clear_bitmap();
+        self.devices[volume].crashed_primary = false;
+        self.md_touch(volume);
+        self.set_peer_disk_fact(volume, DiskState::UpToDate);
+        self.end_resync(volume);
+    }
+}
