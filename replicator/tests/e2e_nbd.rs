@@ -11,22 +11,23 @@
 #[path = "../examples/demo/cluster.rs"]
 #[allow(dead_code, reason = "shared with the demo")]
 mod cluster;
+#[path = "e2e/link.rs"]
+#[allow(dead_code, reason = "shared with the stories of faults")]
+mod link;
 #[path = "../examples/demo/load.rs"]
 #[allow(dead_code, reason = "shared with the demo")]
 mod load;
 #[path = "../examples/demo/nbd.rs"]
 #[allow(dead_code, reason = "shared with the demo")]
 mod nbd;
-#[path = "e2e/proxy.rs"]
-mod proxy;
 #[path = "../examples/demo/target.rs"]
 #[allow(dead_code, reason = "shared with the demo")]
 mod target;
 
 use cluster::{Cluster, Options, RESOURCE, disk, number, peer};
+use link::Link;
 use load::{BLOCK, Load, Running, pause};
 use nbd::NbdClient;
-use proxy::Proxy;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -245,8 +246,8 @@ fn fio_verifies_while_the_link_is_cut_ten_times() {
     let dir = scratch();
     let free = || std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let (a, b) = (free(), free());
-    let (to_a, to_b) = (Proxy::start(a).unwrap(), Proxy::start(b).unwrap());
-    let cluster = pair(dir.path(), 'C', 256 << 20, Some([a, b, to_a.port, to_b.port]));
+    let link = Link::start([a, b]).unwrap();
+    let cluster = pair(dir.path(), 'C', 256 << 20, Some([a, b, link.ports[0], link.ports[1]]));
     cluster.must(0, ["primary", "--force", RESOURCE]).unwrap();
     cluster.wait_in_sync(0, 60).unwrap();
     let report = dir.path().join("fio.json");
@@ -276,11 +277,9 @@ fn fio_verifies_while_the_link_is_cut_ten_times() {
             "fio ended before cut {cut}: {}",
             std::fs::read_to_string(&report).unwrap_or_default()
         );
-        to_a.cut();
-        to_b.cut();
+        link.cut();
         pause(Duration::from_millis(dice.roll(900)));
-        to_a.mend();
-        to_b.mend();
+        link.mend();
         connected(&cluster, 0, 30);
     }
     let status = fio.wait().unwrap();
