@@ -229,7 +229,7 @@ impl Story {
     fn fault(&mut self) {
         self.tally.faults += 1;
         let (node, secondary) = (self.dice.node(), 1 - self.primary);
-        match self.dice.roll(13) {
+        match self.dice.roll(15) {
             0 | 1 => {
                 self.link(&format!("link cut ({})", name(node)), |net| net.cut(node));
                 if self.dice.one_in(2) {
@@ -280,6 +280,21 @@ impl Story {
                     self.pause(0, 1000);
                     self.revive(secondary);
                 }
+            }
+            11 => {
+                // Out of the blue: the other has everything.
+                self.mend();
+                self.pause(0, 300);
+                self.primary_dies();
+            }
+            12 => {
+                self.note("the Primary will die in the middle of a resync");
+                self.net.clear();
+                self.kill(secondary);
+                self.pause(50, 400);
+                self.revive(secondary);
+                self.pause(0, 150);
+                self.primary_dies();
             }
             _ => self.primary_dies(),
         }
@@ -453,6 +468,12 @@ impl Story {
     // ---- in order again -----------------------------------------------------------------------
 
     fn heal(&mut self) {
+        self.mend();
+        self.stop_load();
+    }
+
+    /// Nothing is wrong any more, and both disks are good, under load.
+    fn mend(&mut self) {
         self.note("heal");
         self.net.clear();
         for node in [self.primary, 1 - self.primary] {
@@ -464,7 +485,6 @@ impl Story {
             self.wait_connected(node);
             self.cluster.wait_in_sync(node, HEAL_S).unwrap();
         }
-        self.stop_load();
         self.note("in sync");
     }
 
@@ -654,4 +674,4 @@ pub(crate) const fn worth_telling(tally: &Tally) -> bool {
     tally.acked > 500 && tally.rounds >= 2 && tally.faults >= 4
 }
 
-const _: () = assert!((FIRST_BLOCK as usize + LOAD_BLOCKS) * BLOCK < DISK_BYTES as usize);
+const _: () = assert!((FIRST_BLOCK + LOAD_BLOCKS as u64) * (BLOCK as u64) < DISK_BYTES);
