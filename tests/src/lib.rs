@@ -1,5 +1,6 @@
 //! Tests of lockstep that need more than one node.
 //!
 //! [`sim`] runs two whole replication cores against simulated disks and a simulated network, in
-//! virtual time, from one seed.
+//! virtual time, from one seed. [`write_log`] takes apart what a kernel recorded below two real nodes.
 pub mod sim;
+pub mod write_log;
