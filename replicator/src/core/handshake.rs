@@ -353,7 +353,7 @@ impl Resource {
             let (why, advice) = obstacle_text(*obstacle, &self.cfg.name);
             return self.refuse_peer(&format!("volume {}: {why}", nr.0), &advice);
         }
-        if self.role == Role::Primary && peer_role == Role::Primary && !self.cfg.net.allow_two_primaries {
+        if self.role == Role::Primary && peer_role == Role::Primary && !self.two_primaries_allowed() {
             return self.refuse_peer(
                 "both nodes are Primary and allow-two-primaries is no",
                 "make one of them Secondary",

@@ -1,9 +1,12 @@
 //! Range locks of one volume: application writes, mirrored writes, resync reads and writes.
 //!
-//! Promises: no two held ranges overlap; a range waits only for ranges that were asked for earlier
-//! (first come, first served per overlap), so nobody starves. Reads of the application take no lock.
+//! Promises: no two held ranges overlap; of two that overlap, the one that goes first ([`before`]) is
+//! fixed when the later one arrives, so nobody starves. Reads of the application take no lock.
+//!
+//! With one Primary that is first come, first served. With two, a write of this node that the other
+//! one has not ordered yet *yields*: writes of the peer go ahead of it, and it can be asked to hand
+//! back a range it holds (`core/conflict.rs` says when and why).
 use crate::units::BlockRange;
-use std::collections::VecDeque;
 
 /// Who holds or wants a range: a key into the owner's table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,23 +21,91 @@ pub enum LockOwner {
     ResyncTarget(usize),
 }
 
+/// A range that is held or wanted.
+#[derive(Clone, Copy, Debug)]
+struct Claim {
+    range: BlockRange,
+    owner: LockOwner,
+    /// When it was asked for.
+    ticket: u64,
+    /// From which ticket on writes of the peer go behind it: its own ticket, or when it was ordered.
+    turn: u64,
+}
+
+/// Whether `first` goes before `second`, which it overlaps.
+const fn before(first: &Claim, second: &Claim) -> bool {
+    match (first.owner, second.owner) {
+        (LockOwner::Request(_), LockOwner::Peer(_)) => first.turn < second.ticket,
+        (LockOwner::Peer(_), LockOwner::Request(_)) => second.turn >= first.ticket,
+        // The peer may be waiting for this very write before it lets the resync go on.
+        (LockOwner::ResyncSource(_), LockOwner::Peer(_)) => false,
+        _ => first.ticket < second.ticket,
+    }
+}
+
 /// See the module.
 #[derive(Debug, Default)]
 pub struct IntervalLocks {
     /// Sorted by start; never overlapping.
-    held: Vec<(BlockRange, LockOwner)>,
-    waiting: VecDeque<(BlockRange, LockOwner)>,
+    held: Vec<Claim>,
+    waiting: Vec<Claim>,
+    tickets: u64,
 }
 
 impl IntervalLocks {
     /// Takes the range at once, or queues the owner: [`IntervalLocks::unlock`] will name it later.
     pub fn lock(&mut self, range: BlockRange, owner: LockOwner) -> bool {
-        if self.overlaps_held(range) || self.waiting.iter().any(|(other, _)| other.overlaps(range)) {
-            self.waiting.push_back((range, owner));
+        let ticket = self.next_ticket();
+        self.claim(Claim { range, owner, ticket, turn: ticket })
+    }
+
+    /// The same for a write that writes of the peer go ahead of, until [`IntervalLocks::order`].
+    pub fn lock_yielding(&mut self, range: BlockRange, owner: LockOwner) -> bool {
+        let ticket = self.next_ticket();
+        self.claim(Claim { range, owner, ticket, turn: u64::MAX })
+    }
+
+    fn claim(&mut self, claim: Claim) -> bool {
+        if self.blocked(&claim) {
+            self.waiting.push(claim);
             return false;
         }
-        self.insert(range, owner);
+        self.insert(claim);
         true
+    }
+
+    const fn next_ticket(&mut self) -> u64 {
+        self.tickets += 1;
+        self.tickets
+    }
+
+    /// A yielding owner has its place now: writes of the peer that come later go behind it.
+    pub fn order(&mut self, owner: LockOwner) {
+        let ticket = self.next_ticket();
+        let claims = self.held.iter_mut().chain(&mut self.waiting);
+        for claim in claims.filter(|claim| claim.owner == owner && claim.turn == u64::MAX) {
+            claim.turn = ticket;
+        }
+    }
+
+    /// Writes of the local application that hold a part of `range`.
+    pub fn requests_holding(&self, range: BlockRange) -> impl Iterator<Item = usize> + '_ {
+        let first = self.held.partition_point(|claim| claim.range.end() <= range.start());
+        let overlapping = self.held.iter().skip(first).take_while(move |claim| claim.range.overlaps(range));
+        overlapping.filter_map(|claim| match claim.owner {
+            LockOwner::Request(key) => Some(key),
+            LockOwner::Peer(_) | LockOwner::ResyncSource(_) | LockOwner::ResyncTarget(_) => None,
+        })
+    }
+
+    /// A write of the local application holds or wants a part of `range`.
+    #[must_use]
+    pub fn wanted_by_request(&self, range: BlockRange) -> bool {
+        self.requests_holding(range).next().is_some()
+            || self
+                .waiting
+                .iter()
+                .any(|claim| matches!(claim.owner, LockOwner::Request(_)) && claim.range.overlaps(range))
     }
 
     /// Lets a held range go; appends the owners that hold theirs now.
@@ -42,20 +113,35 @@ impl IntervalLocks {
     /// # Panics
     /// `owner` does not hold `range`: our own broken bookkeeping.
     pub fn unlock(&mut self, range: BlockRange, owner: LockOwner, granted: &mut Vec<LockOwner>) {
-        let at = self.held.partition_point(|(held, _)| held.start() < range.start());
+        self.take_held(range, owner);
+        self.grant(range, granted);
+    }
+
+    /// Hands a held range to whoever goes first and waits for it again, at its old place.
+    ///
+    /// # Panics
+    /// `owner` does not hold `range`: our own broken bookkeeping.
+    pub fn hand_over(&mut self, range: BlockRange, owner: LockOwner, granted: &mut Vec<LockOwner>) {
+        let claim = self.take_held(range, owner);
+        let place = self.waiting.partition_point(|other| other.ticket < claim.ticket);
+        self.waiting.insert(place, claim);
+        self.grant(range, granted);
+    }
+
+    fn take_held(&mut self, range: BlockRange, owner: LockOwner) -> Claim {
+        let at = self.held.partition_point(|held| held.range.start() < range.start());
         assert!(
-            self.held.get(at).is_some_and(|held| *held == (range, owner)),
+            self.held.get(at).is_some_and(|held| held.range == range && held.owner == owner),
             "{owner:?} unlocks {range:?} it does not hold"
         );
-        self.held.remove(at);
-        self.grant(granted);
+        self.held.remove(at)
     }
 
     /// Takes back a request that still waits; `false` when it does not wait.
     pub fn cancel(&mut self, owner: LockOwner, granted: &mut Vec<LockOwner>) -> bool {
-        let Some(at) = self.waiting.iter().position(|(_, other)| *other == owner) else { return false };
-        self.waiting.remove(at);
-        self.grant(granted);
+        let Some(at) = self.waiting.iter().position(|claim| claim.owner == owner) else { return false };
+        let range = self.waiting.remove(at).range;
+        self.grant(range, granted);
         true
     }
 
@@ -71,32 +157,38 @@ impl IntervalLocks {
         self.waiting.len()
     }
 
-    fn grant(&mut self, granted: &mut Vec<LockOwner>) {
+    /// `freed` is no longer in the way: only who overlaps it can go on now.
+    fn grant(&mut self, freed: BlockRange, granted: &mut Vec<LockOwner>) {
         let mut at = 0;
         while at < self.waiting.len() {
-            let (range, owner) = self.waiting[at];
-            let blocked = self.overlaps_held(range)
-                || self.waiting.iter().take(at).any(|(earlier, _)| earlier.overlaps(range));
-            if blocked {
+            let claim = self.waiting[at];
+            if !claim.range.overlaps(freed) || self.blocked(&claim) {
                 at += 1;
             } else {
                 self.waiting.remove(at);
-                self.insert(range, owner);
-                granted.push(owner);
+                self.insert(claim);
+                granted.push(claim.owner);
             }
         }
     }
 
-    fn overlaps_held(&self, range: BlockRange) -> bool {
-        // Held ranges do not overlap each other, so only the neighbours can overlap this one.
-        let at = self.held.partition_point(|(held, _)| held.start() < range.start());
-        self.held.get(at).is_some_and(|(held, _)| held.overlaps(range))
-            || at.checked_sub(1).is_some_and(|before| self.held[before].0.overlaps(range))
+    fn blocked(&self, claim: &Claim) -> bool {
+        let goes_first = |other: &Claim| {
+            other.ticket != claim.ticket && other.range.overlaps(claim.range) && before(other, claim)
+        };
+        self.overlaps_held(claim.range) || self.waiting.iter().any(goes_first)
     }
 
-    fn insert(&mut self, range: BlockRange, owner: LockOwner) {
-        let at = self.held.partition_point(|(held, _)| held.start() < range.start());
-        self.held.insert(at, (range, owner));
+    fn overlaps_held(&self, range: BlockRange) -> bool {
+        // Held ranges do not overlap each other, so only the neighbours can overlap this one.
+        let at = self.held.partition_point(|held| held.range.start() < range.start());
+        self.held.get(at).is_some_and(|held| held.range.overlaps(range))
+            || at.checked_sub(1).is_some_and(|before| self.held[before].range.overlaps(range))
+    }
+
+    fn insert(&mut self, claim: Claim) {
+        let at = self.held.partition_point(|held| held.range.start() < claim.range.start());
+        self.held.insert(at, claim);
     }
 }
 
@@ -124,6 +216,41 @@ mod tests {
         granted.clear();
         locks.unlock(range(5, 10), LockOwner::Request(1), &mut granted);
         assert_eq!(granted, [LockOwner::Request(2)]);
+    }
+
+    #[test]
+    fn a_yielding_write_lets_the_peer_pass_until_it_is_ordered() {
+        let mut locks = IntervalLocks::default();
+        let mut granted = Vec::new();
+        let mine = LockOwner::Request(0);
+        assert!(locks.lock_yielding(range(0, 10), mine));
+        assert!(!locks.lock(range(5, 10), LockOwner::Peer(0)), "held ranges never overlap");
+        assert_eq!(locks.requests_holding(range(9, 1)).collect::<Vec<_>>(), [0]);
+        locks.hand_over(range(0, 10), mine, &mut granted);
+        assert_eq!(granted, [LockOwner::Peer(0)], "the write that came later goes first");
+        // A second one passes it as well; one that comes after the decision does not.
+        assert!(!locks.lock(range(6, 2), LockOwner::Peer(1)));
+        locks.order(mine);
+        assert!(!locks.lock(range(0, 1), LockOwner::Peer(2)));
+        granted.clear();
+        locks.unlock(range(5, 10), LockOwner::Peer(0), &mut granted);
+        locks.unlock(range(6, 2), LockOwner::Peer(1), &mut granted);
+        locks.unlock(range(0, 10), mine, &mut granted);
+        assert_eq!(granted, [LockOwner::Peer(1), mine, LockOwner::Peer(2)]);
+    }
+
+    #[test]
+    fn a_write_of_the_peer_passes_a_resync_read_that_waits_but_not_one_that_holds() {
+        let mut locks = IntervalLocks::default();
+        let mut granted = Vec::new();
+        assert!(locks.lock_yielding(range(0, 10), LockOwner::Request(0)));
+        assert!(!locks.lock(range(0, 20), LockOwner::ResyncSource(0)));
+        assert!(locks.lock(range(12, 2), LockOwner::Peer(0)));
+        locks.unlock(range(0, 10), LockOwner::Request(0), &mut granted);
+        assert!(granted.is_empty());
+        locks.unlock(range(12, 2), LockOwner::Peer(0), &mut granted);
+        assert_eq!(granted, [LockOwner::ResyncSource(0)]);
+        assert!(!locks.lock(range(12, 2), LockOwner::Peer(1)));
     }
 
     proptest! {

@@ -499,10 +499,7 @@ impl Resource {
     /// The extents of `user` are hot and referenced by it.
     fn al_granted(&mut self, volume: usize, user: AlUser) {
         match user {
-            AlUser::Request(key) => {
-                self.requests[key].al = true;
-                self.submit_write(key);
-            }
+            AlUser::Request(key) => self.request_logged(key, true),
             AlUser::Peer(key) => {
                 self.peer_requests[key].al = true;
                 self.submit_peer_write(volume, key);
@@ -546,7 +543,7 @@ impl Resource {
         }
         for user in users {
             match user {
-                AlUser::Request(key) => self.submit_write(key),
+                AlUser::Request(key) => self.request_logged(key, false),
                 AlUser::Peer(key) => self.submit_peer_write(volume, key),
             }
         }

@@ -7,6 +7,7 @@
 //! |---|---|
 //! | `request.rs` | application reads, writes, flushes: legs, completion rule |
 //! | `peer_request.rs` | writes, reads, barriers received from the peer |
+//! | `conflict.rs` | overlapping writes of two Primaries |
 //! | `transfer_log.rs` | epochs and what is still unacknowledged |
 //! | `metadata.rs` | what is written to the metadata area, in which order |
 //! | `attach.rs` | taking and leaving a backing disk, disk failure |
@@ -24,6 +25,7 @@ mod attach;
 pub mod bitmap;
 mod bits;
 pub mod config;
+mod conflict;
 mod device;
 pub mod event;
 mod handlers;

@@ -208,6 +208,8 @@ impl Resource {
         let (volume, range) = (self.peer_requests[key].volume, self.peer_requests[key].range);
         if self.devices[volume].locks.lock(range, LockOwner::Peer(key)) {
             self.peer_write_locked(volume, key);
+        } else {
+            self.make_way(volume, range);
         }
     }
 
@@ -248,7 +250,7 @@ impl Resource {
                 // Either side of a resync: the sender clears the same blocks when its own leg is done.
                 let syncing = matches!(device.repl, ReplState::SyncTarget | ReplState::SyncSource);
                 let mut ack = self.block_ack(key, false);
-                if current && syncing {
+                if current && syncing && !self.lies_under_missing_write(volume, range) {
                     self.devices[volume].unmark(range);
                     ack.set_in_sync = true;
                 }

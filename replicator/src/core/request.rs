@@ -12,6 +12,7 @@
 //!
 //! A flush, and FUA, under protocol C completes only when both copies are stable.
 use super::config::Protocol;
+use super::conflict::Place;
 use super::device::{AlUser, MirrorMode};
 use super::event::{
     self, BufferId, DiskOk, DiskOp, IoError, Output, Payload, RequestError, RequestId, RequestOp,
@@ -64,8 +65,16 @@ pub(super) struct Request {
     pub(super) range: BlockRange,
     fua: bool,
     buffer: Option<BufferId>,
-    local: Leg,
+    pub(super) local: Leg,
     peer: Leg,
+    /// Its place among overlapping writes of the peer.
+    pub(super) place: Place,
+    /// Written before, and once more when it has its range back.
+    pub(super) rewrite: bool,
+    /// The local disk is at it.
+    on_disk: bool,
+    /// Waits for the activity log.
+    pub(super) al_waits: bool,
     epoch: Option<EpochNr>,
     /// In the transfer log: no barrier ack yet.
     in_log: bool,
@@ -84,6 +93,29 @@ impl Request {
     /// Something of it is at the peer and unanswered.
     pub(super) fn waits_for_peer(&self) -> bool {
         self.peer == Leg::Pending
+    }
+
+    /// The peer has not said, or cannot have said, where it stands among overlapping writes.
+    pub(super) fn unordered(&self) -> bool {
+        !self.submitted || self.peer == Leg::Pending
+    }
+
+    /// A write under way whose data this disk does not get.
+    pub(super) fn missing_here(&self) -> bool {
+        let missing = matches!(self.local, Leg::None | Leg::Failed);
+        missing && self.submitted && !self.completed && self.op != RequestOp::Read
+    }
+
+    /// The local disk is at it.
+    pub(super) const fn on_disk(&self) -> bool {
+        self.on_disk
+    }
+
+    /// The local leg starts: what the disk is told.
+    pub(super) const fn start_local(&mut self) -> (usize, DiskOp, BlockRange, bool, Option<BufferId>) {
+        self.local = Leg::Pending;
+        self.on_disk = true;
+        (self.volume, disk_op(self.op), self.range, self.fua, self.buffer)
     }
 }
 
@@ -117,6 +149,10 @@ impl Resource {
             buffer: request.buffer,
             local: Leg::None,
             peer: Leg::None,
+            place: Place::Own,
+            rewrite: false,
+            on_disk: false,
+            al_waits: false,
             epoch: None,
             in_log: false,
             al: false,
@@ -127,7 +163,17 @@ impl Resource {
         });
         if request.op == RequestOp::Read {
             self.submit_read(key);
-        } else if self.devices[volume].locks.lock(request.range, LockOwner::Request(key)) {
+            return;
+        }
+        let follows = self.follows();
+        let locks = &mut self.devices[volume].locks;
+        let owner = LockOwner::Request(key);
+        let locked = if follows {
+            locks.lock_yielding(request.range, owner)
+        } else {
+            locks.lock(request.range, owner)
+        };
+        if locked {
             self.request_locked(key);
         }
     }
@@ -158,19 +204,38 @@ impl Resource {
 
     /// The range is ours: on to the activity log.
     pub(super) fn request_locked(&mut self, key: usize) {
-        let (volume, extents) = (self.requests[key].volume, self.requests[key].range.al_extents());
-        if self.al_in_use(volume) {
-            if self.al_begin(volume, AlUser::Request(key), extents) {
-                self.requests[key].al = true;
-                self.submit_write(key);
+        let request = &mut self.requests[key];
+        request.place = Place::Own;
+        let (volume, extents) = (request.volume, request.range.al_extents());
+        if request.submitted {
+            return self.write_again(key);
+        }
+        if request.al_waits {
+            return;
+        }
+        if !request.al && self.al_in_use(volume) {
+            if !self.al_begin(volume, AlUser::Request(key), extents) {
+                self.requests[key].al_waits = true;
+                return;
             }
-        } else {
+            self.requests[key].al = true;
+        }
+        self.submit_write(key);
+    }
+
+    /// The activity log lets it go on (`hot`), or there is none any more.
+    pub(super) fn request_logged(&mut self, key: usize, hot: bool) {
+        let request = &mut self.requests[key];
+        request.al = hot;
+        request.al_waits = false;
+        // A write that let others pass goes on when it has its range back.
+        if request.place != Place::Passed {
             self.submit_write(key);
         }
     }
 
     /// Sends the write to every copy that takes it.
-    pub(super) fn submit_write(&mut self, key: usize) {
+    fn submit_write(&mut self, key: usize) {
         let volume = self.requests[key].volume;
         let device = &self.devices[volume];
         let local = device.writable();
@@ -201,10 +266,7 @@ impl Resource {
         }
         if local {
             self.outdate_resync_replies(volume, self.requests[key].range);
-            let request = &mut self.requests[key];
-            request.local = Leg::Pending;
-            let (op, range, fua, buffer) = (disk_op(request.op), request.range, request.fua, request.buffer);
-            self.submit_io(volume, op, Some(range), fua, buffer, IoContext::Request(key));
+            self.submit_local_write(key);
         } else {
             self.try_complete(key);
         }
@@ -282,6 +344,7 @@ impl Resource {
         let device = &mut self.devices[volume];
         device.writes_done += 1;
         let request = &mut self.requests[key];
+        request.on_disk = false;
         match result {
             Ok(_) => {
                 request.local = Leg::Ok;
@@ -296,6 +359,10 @@ impl Resource {
         }
         // Failing the disk may have finished it already.
         if self.requests.contains(key) {
+            if self.requests[key].place == Place::GivesWay {
+                self.hand_over(key);
+                return;
+            }
             self.settle_in_sync(key);
             self.try_complete(key);
         }
@@ -324,6 +391,9 @@ impl Resource {
                 let (volume, range) = (request.volume, request.range);
                 self.devices[volume].mark(range);
             }
+        }
+        if answer != Answer::Received {
+            self.ordered(key);
         }
         self.settle_in_sync(key);
         self.try_complete(key);
@@ -359,7 +429,7 @@ impl Resource {
     /// The completion rule. Safe to call at any time after submission.
     pub(super) fn try_complete(&mut self, key: usize) {
         let request = &self.requests[key];
-        if !request.submitted || request.local == Leg::Pending {
+        if !request.submitted || request.local == Leg::Pending || request.place == Place::Passed {
             return;
         }
         if !request.completed {
@@ -469,6 +539,7 @@ impl Resource {
                 request.peer = Leg::Failed;
             }
             self.devices[volume].mark(range);
+            self.ordered(*key);
         }
         for key in unacked {
             if self.requests.contains(key) {

@@ -126,7 +126,7 @@ impl Resource {
                 "try again in a moment",
             ));
         }
-        if self.peer_role == Role::Primary && !self.cfg.net.allow_two_primaries {
+        if self.peer_role == Role::Primary && !self.two_primaries_allowed() {
             return Err(refusal(
                 MULTIPLE_PRIMARIES,
                 "Multiple primaries not allowed by config",
@@ -163,6 +163,12 @@ impl Resource {
             return Err(refusal(-2, "Need access to UpToDate data", facts, &advice));
         }
         Ok(())
+    }
+
+    /// The promotion on its way will declare data good that nobody knows to be good.
+    fn declares_data(&self) -> bool {
+        self.role_change.as_ref().is_some_and(|change| change.force)
+            && self.devices.iter().any(|device| device.disk != DiskState::UpToDate && !device.peer_readable())
     }
 
     fn promote_write(&mut self) {
@@ -417,9 +423,15 @@ impl Resource {
                     self.role == Role::Primary
                 }
             };
-            if mine_first && !self.cfg.net.allow_two_primaries {
+            if mine_first && !self.two_primaries_allowed() {
                 let facts = vec![format!("{} is {} or becoming Primary", self.cfg.node_name, self.role)];
                 return Err(refusal(-1, "Multiple primaries not allowed by config", facts, ""));
+            }
+            // Both about to call their own copy the good one: that would be two histories (S28).
+            let both = matches!(promoting, Some(RoleStep::AskPeer(_))) && lower;
+            if both && self.declares_data() {
+                let facts = vec![format!("{} is becoming Primary by force as well", self.cfg.node_name)];
+                return Err(refusal(-19, "Concurrent state changes detected and aborted", facts, ""));
             }
             return Ok(());
         }

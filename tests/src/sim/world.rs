@@ -55,6 +55,14 @@ enum Ev {
     Handler { node: usize, life: u64, token: HandlerToken, code: i32 },
 }
 
+/// Something that could happen next; two on different nodes may happen in either order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Choice {
+    /// Where it happens.
+    pub node: usize,
+    seq: u64,
+}
+
 enum Wire {
     None,
     Blocks(Vec<u32>),
@@ -500,6 +508,44 @@ impl World {
             self.happen(ev);
         }
         true
+    }
+
+    // ---- every order ----------------------------------------------------------------------------
+
+    /// What could happen next, whatever its time: each disk or metadata answer, the first message of
+    /// each direction, each loss notice. Timers and new transports are left to [`World::step`].
+    #[must_use]
+    pub fn choices(&self) -> Vec<Choice> {
+        let mut first = [true; 2];
+        let mut choices = Vec::new();
+        for (seq, ev) in &self.events {
+            let node = match ev {
+                Ev::Disk { node, life, .. } | Ev::Meta { node, life, .. }
+                    if self.nodes[*node].life == *life =>
+                {
+                    *node
+                }
+                Ev::Deliver { session, to, .. }
+                    if self.nodes[*to].session == Some(*session)
+                        && !self.dead.contains(session)
+                        && std::mem::take(&mut first[*to]) =>
+                {
+                    *to
+                }
+                Ev::Lost { to, .. } => *to,
+                _ => continue,
+            };
+            choices.push(Choice { node, seq: *seq });
+        }
+        choices
+    }
+
+    /// Lets one of [`World::choices`] happen now.
+    pub fn choose(&mut self, choice: Choice) {
+        self.now += US;
+        if let Some(ev) = self.events.remove(&choice.seq) {
+            self.happen(ev);
+        }
     }
 
     fn happen(&mut self, ev: Ev) {

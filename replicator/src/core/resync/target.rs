@@ -201,10 +201,11 @@ impl Resource {
     }
 
     fn lock_rs_write(&mut self, volume: usize, range: BlockRange, key: usize) {
-        if self.devices[volume].rs_writes[key].stale {
+        // An own write under it may wait for the source, which holds the range until this is answered.
+        let device = &mut self.devices[volume];
+        if device.rs_writes[key].stale || device.locks.wanted_by_request(range) {
             return self.drop_stale_reply(volume, key);
         }
-        let device = &mut self.devices[volume];
         device.rs_writes[key].step = RsWriteStep::Locking;
         if device.locks.lock(range, LockOwner::ResyncTarget(key)) {
             self.resync_write_locked(volume, key);
