@@ -3,6 +3,9 @@ use std::ffi::OsStr;
 use std::io;
 use std::path::{Path, PathBuf};
 
+/// The program's own name.
+const OWN_NAME: &str = "lockstep";
+
 /// The other names of `lockstep`.
 pub const LINK_NAMES: [&str; 4] = ["lockstepd", "drbdadm", "drbdsetup", "drbdmeta"];
 
@@ -27,8 +30,9 @@ pub enum LinkError {
     },
 }
 
-/// Makes the links in `dir`, to `program`; a link beside the program is relative, so the directory can
-/// be moved. Looks at all names before it touches one. Answers the links made.
+/// Makes the links in `dir`, to `program`, its own name among them where it does not lie there itself; a
+/// link beside the program is relative, so the directory can be moved. Looks at all names before it
+/// touches one. Answers the links made.
 ///
 /// # Errors
 /// A name is taken by something else and `force` is not given, or the file system refuses.
@@ -42,9 +46,10 @@ pub fn install(program: &Path, dir: &Path, force: bool) -> Result<Vec<PathBuf>, 
         Some(name) if beside => Path::new(name),
         _ => program,
     };
-    let links: Vec<PathBuf> = LINK_NAMES.iter().map(|name| dir.join(name)).collect();
+    let own = (!beside).then_some(OWN_NAME);
+    let links: Vec<PathBuf> = own.iter().chain(&LINK_NAMES).map(|name| dir.join(name)).collect();
     for link in &links {
-        let ours = || link.read_link().is_ok_and(|old| old.file_name() == Some(OsStr::new("lockstep")));
+        let ours = || link.read_link().is_ok_and(|old| old.file_name() == Some(OsStr::new(OWN_NAME)));
         if link.symlink_metadata().is_ok() && !force && !ours() {
             return Err(LinkError::Exists { path: link.clone() });
         }
@@ -78,5 +83,7 @@ mod tests {
         assert!(!other.path().join("drbdadm").exists());
         install(&program, other.path(), true).unwrap();
         assert_eq!(other.path().join("drbdmeta").read_link().unwrap(), program);
+        assert_eq!(other.path().join("lockstep").read_link().unwrap(), program);
+        assert!(program.symlink_metadata().unwrap().is_file(), "the program itself was not touched");
     }
 }
