@@ -75,6 +75,8 @@ fn hello() -> v1::Hello {
         tentative: true,
         session_nonce: 0x0123_4567_89ab_cdef,
         max_payload_bytes: 1 << 20,
+        always_asbp: false,
+        rr_conflict: 0,
     }
 }
 

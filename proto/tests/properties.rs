@@ -60,11 +60,11 @@ fn trim() -> impl Strategy<Value = v1::Trim> {
 }
 
 fn hello() -> impl Strategy<Value = v1::Hello> {
-    let numbers = any::<[u32; 7]>();
-    (numbers, any::<[u64; 2]>(), any::<[bool; 3]>(), "\\PC{0,40}", "\\PC{0,40}", any::<u32>()).prop_map(
+    let numbers = any::<[u32; 8]>();
+    (numbers, any::<[u64; 2]>(), any::<[bool; 4]>(), "\\PC{0,40}", "\\PC{0,40}", any::<u32>()).prop_map(
         |(numbers, [features, session_nonce], flags, node_name, resource, max_payload_bytes)| {
-            let [version_min, version_max, node_id, protocol, zero, one, two] = numbers;
-            let [allow_two_primaries, discard_my_data, tentative] = flags;
+            let [version_min, version_max, node_id, protocol, zero, one, two, rr_conflict] = numbers;
+            let [allow_two_primaries, discard_my_data, tentative, always_asbp] = flags;
             v1::Hello {
                 version_min,
                 version_max,
@@ -81,6 +81,8 @@ fn hello() -> impl Strategy<Value = v1::Hello> {
                 tentative,
                 session_nonce,
                 max_payload_bytes,
+                always_asbp,
+                rr_conflict,
             }
         },
     )

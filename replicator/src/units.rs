@@ -121,7 +121,7 @@ impl fmt::Debug for BlockRange {
 pub struct VolumeNr(pub u16);
 
 /// Monotonic time since the start of the node, nanoseconds. The core has no clock: the caller says what time it is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Time(pub u64);
 
 impl Time {

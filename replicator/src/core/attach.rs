@@ -334,6 +334,9 @@ impl Resource {
             );
             return self.reply(reply, Err(refused));
         }
+        if !force && let Err(refused) = self.check_peer_needs_us("detach") {
+            return self.reply(reply, Err(refused));
+        }
         if force {
             self.fail_disk(volume, "detach --force", None);
             match &mut self.devices[volume].procedure {

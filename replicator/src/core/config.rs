@@ -35,6 +35,117 @@ pub enum WriteOrdering {
     Flush,
 }
 
+macro_rules! policies {
+    ($($(#[$doc:meta])* $name:ident { $($(#[$vdoc:meta])* $variant:ident = $number:literal $text:literal,)* })*) => {
+        $(
+            $(#[$doc])*
+            #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+            #[repr(u8)]
+            pub enum $name { $($(#[$vdoc])* $variant = $number,)* }
+
+            impl $name {
+                /// All values.
+                pub const ALL: &[Self] = &[$(Self::$variant),*];
+
+                /// As the configuration spells it.
+                #[must_use]
+                pub const fn name(self) -> &'static str {
+                    match self { $(Self::$variant => $text,)* }
+                }
+
+                /// DRBD's number, part of its protocol.
+                #[must_use]
+                pub const fn number(self) -> u32 {
+                    self as u32
+                }
+
+                /// From the word in the configuration.
+                #[must_use]
+                pub fn from_name(name: &str) -> Option<Self> {
+                    Self::ALL.iter().copied().find(|value| value.name() == name)
+                }
+
+                /// From DRBD's number.
+                #[must_use]
+                pub fn from_number(number: u32) -> Option<Self> {
+                    Self::ALL.iter().copied().find(|value| value.number() == number)
+                }
+            }
+        )*
+    };
+}
+policies! {
+    /// Whose changes go after a split brain when nobody is Primary now (SEM §15).
+    AfterSb0Pri {
+        /// Nobody's: a person decides.
+        #[default]
+        Disconnect = 0 "disconnect",
+        /// Of the node that became Primary last.
+        DiscardYoungerPrimary = 1 "discard-younger-primary",
+        /// Of the node that was Primary first.
+        DiscardOlderPrimary = 2 "discard-older-primary",
+        /// Of a node that has none.
+        DiscardZeroChanges = 3 "discard-zero-changes",
+        /// Of the node that has fewer.
+        DiscardLeastChanges = 4 "discard-least-changes",
+        /// This node's; the peer must say `discard-remote`.
+        DiscardLocal = 5 "discard-local",
+        /// The peer's; the peer must say `discard-local`.
+        DiscardRemote = 6 "discard-remote",
+    }
+    /// The same when one node is Primary.
+    AfterSb1Pri {
+        /// Nobody's: a person decides.
+        #[default]
+        Disconnect = 0 "disconnect",
+        /// As `after-sb-0pri` says, if that spares the Primary.
+        Consensus = 7 "consensus",
+        /// The Secondary's.
+        DiscardSecondary = 8 "discard-secondary",
+        /// As `after-sb-0pri` says; a Primary that loses is demoted, or its handler is run.
+        CallPriLostAfterSb = 9 "call-pri-lost-after-sb",
+        /// As `after-sb-0pri` says, even under a running application.
+        ViolentlyAs0p = 10 "violently-as0p",
+    }
+    /// The same when both nodes are Primary.
+    AfterSb2Pri {
+        /// Nobody's: a person decides.
+        #[default]
+        Disconnect = 0 "disconnect",
+        /// As `after-sb-0pri` says; the Primary that loses is demoted, or its handler is run.
+        CallPriLostAfterSb = 9 "call-pri-lost-after-sb",
+        /// As `after-sb-0pri` says, even under a running application.
+        ViolentlyAs0p = 10 "violently-as0p",
+    }
+    /// What happens when a Primary with good data should become a resync target (SEM §15).
+    RrConflict {
+        /// No connection: a person decides.
+        #[default]
+        Disconnect = 0 "disconnect",
+        /// Run the handler `pri-lost`, then as `disconnect`.
+        CallPriLost = 9 "call-pri-lost",
+        /// Resync under the running application.
+        Violently = 10 "violently",
+        /// As `disconnect`, but try again.
+        RetryConnect = 11 "retry-connect",
+        /// After a crashed Primary under protocol A or B: the Primary of today stays the source.
+        AutoDiscard = 12 "auto-discard",
+    }
+}
+
+impl AfterSb0Pri {
+    /// What the peer must be configured to: `discard-local` and `discard-remote` are one setting seen
+    /// from two sides.
+    #[must_use]
+    pub const fn mirrored(self) -> Self {
+        match self {
+            Self::DiscardLocal => Self::DiscardRemote,
+            Self::DiscardRemote => Self::DiscardLocal,
+            other => other,
+        }
+    }
+}
+
 /// One resource.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ResourceConfig {
@@ -73,12 +184,17 @@ pub struct NetConfig {
     pub max_epoch_size: u32,
     /// Both nodes may be Primary. Default false.
     pub allow_two_primaries: bool,
-    /// DRBD's number of the after-sb-0pri policy; compared at the handshake. Default 0 = disconnect.
-    pub after_sb_0pri: u32,
-    /// Same for 1pri.
-    pub after_sb_1pri: u32,
-    /// Same for 2pri.
-    pub after_sb_2pri: u32,
+    /// Compared at the handshake, like the next two. Default disconnect.
+    pub after_sb_0pri: AfterSb0Pri,
+    /// Default disconnect.
+    pub after_sb_1pri: AfterSb1Pri,
+    /// Default disconnect.
+    pub after_sb_2pri: AfterSb2Pri,
+    /// The policies count even when the common ancestor is known from the history only; both nodes must
+    /// say so. Default false.
+    pub always_asbp: bool,
+    /// Default disconnect.
+    pub rr_conflict: RrConflict,
 }
 
 impl Default for NetConfig {
@@ -92,9 +208,11 @@ impl Default for NetConfig {
             connect_int_ms: 10_000,
             max_epoch_size: 2048,
             allow_two_primaries: false,
-            after_sb_0pri: 0,
-            after_sb_1pri: 0,
-            after_sb_2pri: 0,
+            after_sb_0pri: AfterSb0Pri::Disconnect,
+            after_sb_1pri: AfterSb1Pri::Disconnect,
+            after_sb_2pri: AfterSb2Pri::Disconnect,
+            always_asbp: false,
+            rr_conflict: RrConflict::Disconnect,
         }
     }
 }

@@ -102,6 +102,8 @@ pub(super) struct Device {
     pub(super) open_count: u32,
     pub(super) exported: Option<SectorCount>,
     pub(super) resync: Option<Resync>,
+    /// Counts resyncs: what belongs to an earlier one proves nothing in this one.
+    pub(super) resync_nr: u64,
     /// Resync reads served here, resync writes asked for here.
     pub(super) rs_reads: slab::Slab<RsRead>,
     pub(super) rs_writes: slab::Slab<RsWrite>,
@@ -155,6 +157,7 @@ impl Device {
             open_count: 0,
             exported: None,
             resync: None,
+            resync_nr: 0,
             rs_reads: slab::Slab::new(),
             rs_writes: slab::Slab::new(),
             procedure: None,

@@ -5,6 +5,7 @@
 //! the runtime: it holds one count for the core from the moment an id is handed in until the core
 //! lets go (`Complete` for a request's buffer, [`Output::Release`] for any other), one for each
 //! `Disk` in flight and one for each `Send` not yet given to the socket.
+use crate::core::explain::Decision;
 use crate::core::state::{ConnState, DiskState, ReplState, Role};
 use crate::core::status::ResourceStatus;
 use crate::meta::{AlTransaction, Attached, BitmapPage, Superblock};
@@ -446,8 +447,8 @@ pub enum Event {
     Disk(VolumeNr, DiskState, DiskState),
     /// Peer's disk state of a volume.
     PeerDisk(VolumeNr, DiskState, DiskState),
-    /// A handshake decided something, by this rule.
-    Handshake(String),
+    /// A handshake decided something: the facts, the rule, what follows.
+    Handshake(Box<Decision>),
     /// Resync ended: blocks copied, of how many, and how long it took.
     ResyncDone {
         /// Which volume.

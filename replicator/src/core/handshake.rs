@@ -6,11 +6,15 @@
 //! The decision uses exactly what was sent and received, so both nodes compute mirrored answers. An
 //! identifier is announced only when it is durable, and nothing that was announced changes before the
 //! decision: verbs wait, a failing disk drops the session.
+use super::compare::{Fix, Rule, Side};
+use super::config::{AfterSb0Pri, AfterSb1Pri, AfterSb2Pri, RrConflict};
 use super::device::Device;
 use super::event::{Event, HandlerName, Payload, Severity};
+use super::explain::Decision;
 use super::handlers::Purpose;
+use super::policy::{Decided, Obstacle, Outcome, Policies, Reason, decide};
 use super::state::{ConnState, DiskState, ReplState, Role};
-use super::uuid::{Fix, Obstacle, Outcome, Rule, Side, UuidSet, decide};
+use super::uuid::UuidSet;
 use super::{Resource, config};
 use crate::units::{SECTORS_PER_AL_EXTENT, SectorCount};
 use lockstep_proto::v1::volume_info::Phase;
@@ -36,6 +40,11 @@ pub(super) struct Handshake {
     received: Vec<v1::VolumeInfo>,
     received_all: bool,
     done: bool,
+    /// What the peer's configuration says that is not compared, but decided by.
+    peer_always_asbp: bool,
+    peer_rr_conflict: RrConflict,
+    /// The peer only wants to know what would happen.
+    peer_tentative: bool,
 }
 
 impl Handshake {
@@ -60,9 +69,11 @@ impl Resource {
             node_name: self.cfg.node_name.clone(),
             resource: self.cfg.name.clone(),
             protocol: protocol_number(net.protocol),
-            after_sb_0pri: net.after_sb_0pri,
-            after_sb_1pri: net.after_sb_1pri,
-            after_sb_2pri: net.after_sb_2pri,
+            after_sb_0pri: net.after_sb_0pri.number(),
+            after_sb_1pri: net.after_sb_1pri.number(),
+            after_sb_2pri: net.after_sb_2pri.number(),
+            always_asbp: net.always_asbp,
+            rr_conflict: net.rr_conflict.number(),
             allow_two_primaries: net.allow_two_primaries,
             discard_my_data: self.discard_my_data,
             tentative: self.tentative,
@@ -114,38 +125,64 @@ impl Resource {
                 "connect one of them without --discard-my-data",
             );
         }
+        let Some(rr_conflict) = RrConflict::from_number(hello.rr_conflict) else {
+            return self.protocol_error("an unknown rr-conflict policy");
+        };
         if let Some(session) = &mut self.session {
             session.handshake.hello_seen = true;
-        }
-        if hello.tentative {
-            self.tentative = true;
+            session.handshake.peer_always_asbp = hello.always_asbp;
+            session.handshake.peer_rr_conflict = rr_conflict;
+            session.handshake.peer_tentative = hello.tentative;
         }
         self.handshake_try_send();
     }
 
     fn incompatible_option(&self, hello: &v1::Hello) -> Option<(&'static str, String, String)> {
         let net = &self.cfg.net;
+        let yes_no = |value: bool| if value { "yes" } else { "no" }.to_owned();
+        let word = |known: Option<&'static str>, number: u32| {
+            known.map_or_else(|| format!("number {number}"), str::to_owned)
+        };
+        let protocol = |number: u32| match number {
+            1 => "A".to_owned(),
+            2 => "B".to_owned(),
+            3 => "C".to_owned(),
+            other => other.to_string(),
+        };
         // discard-local on one node is discard-remote on the other (SEM §15).
-        let swapped = |policy: u32| match policy {
-            5 => 6,
-            6 => 5,
-            other => other,
-        };
+        let zero = AfterSb0Pri::from_number(hello.after_sb_0pri);
         let pairs = [
-            ("protocol", hello.protocol, protocol_number(net.protocol)),
-            ("after-sb-0pri", swapped(hello.after_sb_0pri), net.after_sb_0pri),
-            ("after-sb-1pri", hello.after_sb_1pri, net.after_sb_1pri),
-            ("after-sb-2pri", hello.after_sb_2pri, net.after_sb_2pri),
-            ("allow-two-primaries", u32::from(hello.allow_two_primaries), u32::from(net.allow_two_primaries)),
+            ("protocol", protocol(hello.protocol), protocol(protocol_number(net.protocol))),
+            (
+                "after-sb-0pri",
+                word(zero.map(AfterSb0Pri::name), hello.after_sb_0pri),
+                net.after_sb_0pri.mirrored().name().to_owned(),
+            ),
+            (
+                "after-sb-1pri",
+                word(
+                    AfterSb1Pri::from_number(hello.after_sb_1pri).map(AfterSb1Pri::name),
+                    hello.after_sb_1pri,
+                ),
+                net.after_sb_1pri.name().to_owned(),
+            ),
+            (
+                "after-sb-2pri",
+                word(
+                    AfterSb2Pri::from_number(hello.after_sb_2pri).map(AfterSb2Pri::name),
+                    hello.after_sb_2pri,
+                ),
+                net.after_sb_2pri.name().to_owned(),
+            ),
+            ("allow-two-primaries", yes_no(hello.allow_two_primaries), yes_no(net.allow_two_primaries)),
         ];
-        let (option, theirs, ours) = pairs.into_iter().find(|(_, theirs, ours)| theirs != ours)?;
-        let show = |value: u32| match (option, value) {
-            ("protocol", 1) => "A".to_owned(),
-            ("protocol", 2) => "B".to_owned(),
-            ("protocol", 3) => "C".to_owned(),
-            (_, other) => other.to_string(),
-        };
-        Some((option, show(theirs), show(ours)))
+        pairs.into_iter().find(|(_, theirs, ours)| theirs != ours).map(
+            |(option, theirs, ours)| match option {
+                // Shown as it is written here.
+                "after-sb-0pri" => (option, theirs, net.after_sb_0pri.name().to_owned()),
+                _ => (option, theirs, ours),
+            },
+        )
     }
 
     /// The two nodes do not fit: StandAlone, and never a retry in a loop.
@@ -320,38 +357,17 @@ impl Resource {
             .find_map(|info| Role::from_wire(info.role))
             .unwrap_or(Role::Secondary);
         // All or nothing: one volume that cannot go on keeps the whole connection down.
-        let mut refused = Vec::new();
+        let mut decided = Vec::new();
         for volume in 0..self.devices.len() {
-            if let Some((me, peer)) = self.sides(volume) {
-                let (comparison, outcome) = decide(&me, &peer);
-                let nr = self.devices[volume].nr;
-                let text = format!(
-                    "volume {}: uuid_compare()={} by rule {} ({:?}): {outcome:?}",
-                    nr.0,
-                    comparison.verdict.number(),
-                    comparison.rule as u8,
-                    comparison.rule
-                );
-                self.event(Event::Handshake(text));
-                if let Outcome::Refuse(obstacle) = outcome {
-                    refused.push((nr, obstacle));
-                }
+            if let Some(decision) = self.decide_and_tell(volume) {
+                decided.push((volume, decision));
                 if let Err(why) = self.agree_on_size(volume, false) {
                     return self.refuse_peer(&why, "give both nodes backing devices of the same size");
                 }
             }
         }
-        if self.tentative {
-            self.tentative = false;
-            return self.refuse_peer("dry-run connect: nothing was changed", "connect without --tentative");
-        }
-        if let Some((nr, obstacle)) = refused.first() {
-            if *obstacle == Obstacle::SplitBrain {
-                self.run_handler(HandlerName::InitialSplitBrain, Some(*nr), Purpose::Notice);
-                self.run_handler(HandlerName::SplitBrain, Some(*nr), Purpose::Notice);
-            }
-            let (why, advice) = obstacle_text(*obstacle, &self.cfg.name);
-            return self.refuse_peer(&format!("volume {}: {why}", nr.0), &advice);
+        if !self.may_go_on(&decided) {
+            return;
         }
         if self.role == Role::Primary && peer_role == Role::Primary && !self.two_primaries_allowed() {
             return self.refuse_peer(
@@ -367,8 +383,8 @@ impl Resource {
         self.set_peer_role(peer_role);
         self.start_liveness();
         for volume in 0..self.devices.len() {
-            if self.peer_info_known(volume) {
-                self.decide_volume(volume);
+            if let Some((_, decision)) = decided.iter().find(|(at, _)| *at == volume) {
+                self.act_on(volume, decision);
             } else {
                 let nr = self.devices[volume].nr;
                 self.note(
@@ -391,13 +407,140 @@ impl Resource {
         Some((side(sent, tie), side(received, !tie)))
     }
 
-    /// Acts on the decision for one volume of a session whose handshake is done.
+    /// What both configurations say, as this node sees it.
+    fn policies(&self) -> Policies {
+        let net = &self.cfg.net;
+        let peer = self.session.as_ref().map(|session| &session.handshake);
+        Policies {
+            protocol: net.protocol,
+            after_sb_0pri: net.after_sb_0pri,
+            after_sb_1pri: net.after_sb_1pri,
+            after_sb_2pri: net.after_sb_2pri,
+            always_asbp: net.always_asbp && peer.is_some_and(|peer| peer.peer_always_asbp),
+            rr_conflict: net.rr_conflict,
+            peer_rr_conflict: peer.map_or(RrConflict::Disconnect, |peer| peer.peer_rr_conflict),
+        }
+    }
+
+    /// Decides for one volume; the decision is announced and remembered.
+    fn decide_and_tell(&mut self, volume: usize) -> Option<Decision> {
+        let (mine, theirs) = self.sides(volume)?;
+        let decided = decide(&mine, &theirs, &self.policies());
+        let peer_asks = self.session.as_ref().is_some_and(|session| session.handshake.peer_tentative);
+        let decision = Decision {
+            at: self.now,
+            volume: self.devices[volume].nr,
+            mine,
+            theirs,
+            decided,
+            dry_run: !self.session.as_ref().is_some_and(|session| session.handshake.done)
+                && (self.tentative || peer_asks),
+        };
+        self.remember_decision(&decision);
+        self.event(Event::Handshake(Box::new(decision.clone())));
+        Some(decision)
+    }
+
+    /// What stands between the decisions of a handshake and a connection: `false` when it ends here.
+    fn may_go_on(&mut self, decided: &[(usize, Decision)]) -> bool {
+        if let Some((_, split)) = decided.iter().find(|(_, d)| d.decided.comparison.verdict.is_split_brain())
+        {
+            self.run_handler(HandlerName::InitialSplitBrain, Some(split.volume), Purpose::Notice);
+        }
+        let peer_asks = self.session.as_ref().is_some_and(|session| session.handshake.peer_tentative);
+        if self.tentative || peer_asks {
+            for (_, decision) in decided {
+                self.note(Severity::Info, format!("dry-run connect: {}", decision.what_would_happen()));
+            }
+            if std::mem::take(&mut self.tentative) {
+                self.refuse_peer("dry-run connect: nothing was changed", "connect without --tentative");
+            } else {
+                // Who only waited for the peer goes on waiting.
+                self.drop_session(ConnState::TearDown, "dry-run connect of the peer: nothing was changed");
+            }
+            return false;
+        }
+        let refused = decided.iter().find_map(|(_, d)| match d.decided.outcome {
+            Outcome::Refuse(obstacle) => Some((d, obstacle)),
+            _ => None,
+        });
+        if let Some((decision, obstacle)) = refused {
+            self.refuse_by(decision, obstacle);
+            return false;
+        }
+        let must_demote = decided.iter().find_map(|(_, d)| match d.decided.outcome {
+            Outcome::MustDemote { me } => Some((d.volume, me)),
+            _ => None,
+        });
+        if let Some((volume, me)) = must_demote {
+            self.demote_loser(volume, me);
+            return false;
+        }
+        if decided.iter().any(|(_, d)| matches!(d.decided.outcome, Outcome::Retry(_))) {
+            self.drop_session(
+                ConnState::NetworkFailure,
+                "a Primary with good data would become the target (rr-conflict retry-connect)",
+            );
+            return false;
+        }
+        true
+    }
+
+    /// The connection is refused by a decision: handlers, words, StandAlone.
+    fn refuse_by(&mut self, decision: &Decision, obstacle: Obstacle) {
+        let reasons = &decision.decided.reasons;
+        if obstacle == Obstacle::SplitBrain {
+            self.run_handler(HandlerName::SplitBrain, Some(decision.volume), Purpose::Notice);
+        }
+        let i_lose = decision.mine.role == Role::Primary && decision.target_would_be_me();
+        if i_lose && reasons.contains(&Reason::RrConflict(RrConflict::CallPriLost)) {
+            self.run_handler(HandlerName::PriLost, Some(decision.volume), Purpose::Notice);
+        }
+        let (why, advice) = obstacle_text(obstacle, &self.cfg.name);
+        self.refuse_peer(&format!("volume {}: {why}", decision.volume.0), &advice);
+    }
+
+    /// A policy decided against a Primary: it is demoted if nobody uses it, and the nodes meet anew with
+    /// its changes given up; else its handler is told, and a person decides (SEM §15).
+    fn demote_loser(&mut self, volume: crate::units::VolumeNr, me: bool) {
+        if !me {
+            return self.drop_session(
+                ConnState::NetworkFailure,
+                "the split-brain policy decided against the peer, which is Primary: it has to be demoted first",
+            );
+        }
+        if let Err(refused) = self.check_not_open() {
+            self.run_handler(HandlerName::PriLostAfterSb, Some(volume), Purpose::Notice);
+            self.run_handler(HandlerName::SplitBrain, Some(volume), Purpose::Notice);
+            let (_, advice) = obstacle_text(Obstacle::SplitBrain, &self.cfg.name);
+            let why = format!(
+                "volume {}: the split-brain policy decided against this node, which is Primary and in use ({})",
+                volume.0,
+                refused.facts.join(", ")
+            );
+            return self.refuse_peer(&why, &advice);
+        }
+        self.note(
+            Severity::Warning,
+            "the split-brain policy decided against this node: it becomes Secondary and gives its changes up",
+        );
+        self.discard_my_data = true;
+        self.drop_session(ConnState::NetworkFailure, "becoming Secondary before the nodes meet again");
+        self.demote(super::Reply::Internal);
+    }
+
+    /// Decides and acts for one volume of a session whose handshake is done.
     fn decide_volume(&mut self, volume: usize) {
-        let Some((me, peer)) = self.sides(volume) else { return };
+        if let Some(decision) = self.decide_and_tell(volume) {
+            self.act_on(volume, &decision);
+        }
+    }
+
+    fn act_on(&mut self, volume: usize, decision: &Decision) {
         if let Err(why) = self.agree_on_size(volume, true) {
             return self.refuse_peer(&why, "give both nodes backing devices of the same size");
         }
-        let (comparison, outcome) = decide(&me, &peer);
+        let Decision { theirs: peer, decided: Decided { comparison, outcome, .. }, .. } = decision;
         if comparison.rule == Rule::Diskless {
             self.set_peer_disk_fact(volume, peer.disk);
             self.set_repl(volume, ReplState::Established);
@@ -425,19 +568,26 @@ impl Resource {
                 self.md_touch(volume);
             }
         }
-        match outcome {
+        match *outcome {
             Outcome::NoSync => {
                 self.set_repl(volume, ReplState::Established);
                 self.settle_negotiating(volume);
-                self.adopt_equal(volume, &peer);
+                self.adopt_equal(volume, peer);
             }
             Outcome::Source { full } => self.begin_resync(volume, true, full, peer.disk),
-            Outcome::Target { full } => self.begin_resync(volume, false, full, peer.disk),
-            Outcome::Refuse(obstacle) => {
-                let (why, advice) = obstacle_text(obstacle, &self.cfg.name);
-                let nr = self.devices[volume].nr;
-                self.refuse_peer(&format!("volume {}: {why}", nr.0), &advice);
+            Outcome::Target { full } => {
+                if self.role == Role::Primary {
+                    // The application is shown the peer's data from now on.
+                    self.devices[volume].exposed_uuid = peer.uuids.current;
+                }
+                self.begin_resync(volume, false, full, peer.disk);
             }
+            Outcome::Refuse(obstacle) => self.refuse_by(decision, obstacle),
+            // Both want a handshake of their own.
+            Outcome::MustDemote { .. } | Outcome::Retry(_) => self.drop_session(
+                ConnState::NetworkFailure,
+                "the attached disk and the peer's do not go together while this node is Primary",
+            ),
         }
     }
 

@@ -331,6 +331,9 @@ impl Resource {
             let refused = super::verbs::refusal(-2, "Need access to UpToDate data", facts, &advice);
             return self.reply(reply, Err(refused));
         }
+        if !force && let Err(refused) = self.check_peer_needs_us("disconnect") {
+            return self.reply(reply, Err(refused));
+        }
         self.go_stand_alone("disconnected by the operator");
         // Done when the new generation of a Primary is durable, so that nothing is half-way afterwards.
         match self.devices.iter().position(|device| device.uuid_gate.is_some()) {

@@ -12,7 +12,9 @@
 //! | `metadata.rs` | what is written to the metadata area, in which order |
 //! | `attach.rs` | taking and leaving a backing disk, disk failure |
 //! | `link.rs` | the connection: up, alive, lost |
-//! | `handshake.rs`, `uuid.rs` | what two nodes conclude when they meet |
+//! | `handshake.rs` | two nodes meet, exchange facts, act on what follows |
+//! | `uuid.rs`, `compare.rs`, `policy.rs` | what follows: identifiers, the table, policies and persons |
+//! | `explain.rs` | the same in words |
 //! | `resync/` | bitmap exchange, source, target |
 //! | `role.rs`, `verbs.rs` | operators' verbs and refusals |
 //! | `handlers.rs` | operators' programs that are run at certain events |
@@ -24,16 +26,19 @@ pub mod activity_log;
 mod attach;
 pub mod bitmap;
 mod bits;
+pub mod compare;
 pub mod config;
 mod conflict;
 mod device;
 pub mod event;
+pub mod explain;
 mod handlers;
 mod handshake;
 pub mod interval;
 mod link;
 mod metadata;
 mod peer_request;
+pub mod policy;
 mod report;
 mod request;
 mod resync;
@@ -122,6 +127,8 @@ pub struct Resource {
     metas: Slab<MetaContext>,
     timers: Timers,
     out: VecDeque<Output>,
+    /// The last decisions of handshakes, oldest first.
+    decisions: VecDeque<explain::Decision>,
     /// Volumes whose activity log has collected waiters and no transaction on the way.
     al_due: bool,
     role_change: Option<RoleChange>,
@@ -164,6 +171,7 @@ impl Resource {
             metas: Slab::new(),
             timers: Timers::default(),
             out: VecDeque::new(),
+            decisions: VecDeque::new(),
             al_due: false,
             role_change: None,
             down: None,

@@ -27,6 +27,8 @@ pub(super) struct PeerRequest {
     wire_request: u64,
     want_write_ack: bool,
     pub(super) al: bool,
+    /// The resync it was sent in: only then both nodes hold this data when it is done, and nothing newer.
+    resync: Option<u64>,
     /// Its sender has no disk: marked here on arrival, and written under our activity log.
     books: bool,
 }
@@ -45,6 +47,12 @@ enum Queued {
     /// Reads wait for the writes that came before them.
     Read(v1::BlockRequest),
     ResyncRead(v1::BlockRequest),
+    /// Resync data for blocks that a write before it in the stream covers, too.
+    ResyncReply {
+        volume: usize,
+        key: usize,
+        seq: u32,
+    },
 }
 
 /// Writes of the peer in hand at most: beyond what its front end and largest epoch allow.
@@ -165,6 +173,11 @@ impl Resource {
             wire_request: write.request,
             want_write_ack: write.want_write_ack,
             al: false,
+            resync: matches!(
+                self.devices[volume].repl,
+                ReplState::WFSyncUUID | ReplState::SyncTarget | ReplState::SyncSource
+            )
+            .then_some(self.devices[volume].resync_nr),
             books,
         });
         if write.want_recv_ack {
@@ -192,6 +205,30 @@ impl Resource {
 
     pub(super) fn queue_resync_read(&mut self, header: &v1::BlockRequest) {
         self.rx.queue.push_back(Queued::ResyncRead(*header));
+    }
+
+    /// A write that came before and has not started covers some of the same blocks: resync data, which is
+    /// newer, waits for its turn.
+    pub(super) fn queue_behind_writes(
+        &mut self,
+        volume: usize,
+        range: BlockRange,
+        key: usize,
+        seq: u32,
+    ) -> bool {
+        let covered = self.rx.queue.iter().any(|item| match item {
+            Queued::Write(write) => {
+                let write = &self.peer_requests[*write];
+                write.volume == volume && write.range.overlaps(range)
+            }
+            Queued::Barrier(_) | Queued::Read(_) | Queued::ResyncRead(_) | Queued::ResyncReply { .. } => {
+                false
+            }
+        });
+        if covered {
+            self.rx.queue.push_back(Queued::ResyncReply { volume, key, seq });
+        }
+        covered
     }
 
     pub(super) fn nr_receive_queued(&self) -> usize {
@@ -248,7 +285,9 @@ impl Resource {
             Ok(_) => {
                 device.counters.written_sectors += range.len().0;
                 // Either side of a resync: the sender clears the same blocks when its own leg is done.
-                let syncing = matches!(device.repl, ReplState::SyncTarget | ReplState::SyncSource);
+                // A write from before the resync proves nothing: a newer one may be noted only.
+                let syncing = matches!(device.repl, ReplState::SyncTarget | ReplState::SyncSource)
+                    && self.peer_requests[key].resync == Some(device.resync_nr);
                 let mut ack = self.block_ack(key, false);
                 if current && syncing && !self.lies_under_missing_write(volume, range) {
                     self.devices[volume].unmark(range);
@@ -367,6 +406,7 @@ impl Resource {
                 Some(Queued::ResyncRead(header)) => self.start_resync_read(&header),
                 Some(Queued::Read(header)) => self.start_remote_read(&header),
                 Some(Queued::Write(key)) => self.start_peer_write(key),
+                Some(Queued::ResyncReply { volume, key, seq }) => self.resync_reply_turn(volume, key, seq),
                 Some(Queued::Barrier(epoch)) => {
                     self.rx.barrier = Some(epoch);
                     self.try_end_epoch();

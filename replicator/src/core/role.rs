@@ -189,12 +189,13 @@ impl Resource {
                 self.set_disk(volume, DiskState::UpToDate);
                 self.bump_uuid(volume, true);
             }
+            // First: bit 0 of the identifier that becomes the base says who was Primary at the split (SEM §15).
+            self.new_generation_if_alone(volume);
             let device = &mut self.devices[volume];
             if device.has_metadata() {
                 device.uuids.current |= 1;
                 with_metadata.push(volume);
             }
-            self.new_generation_if_alone(volume);
         }
         if let Some(change) = &mut self.role_change {
             change.left = with_metadata.len();
@@ -373,6 +374,32 @@ impl Resource {
         }
     }
 
+    /// The peer is Primary and this node holds the only good copy: leaving would stop its application.
+    pub(super) fn check_peer_needs_us(&self, leave: &str) -> Result<(), Refusal> {
+        if self.peer_role != Role::Primary || self.conn != ConnState::Connected {
+            return Ok(());
+        }
+        let facts: Vec<String> = self
+            .devices
+            .iter()
+            .filter(|device| device.disk == DiskState::UpToDate && device.peer_disk != DiskState::UpToDate)
+            .map(|device| {
+                format!(
+                    "volume {}: {} is Primary, its disk is {}; the disk here is the only good copy",
+                    device.nr.0, self.cfg.peer_name, device.peer_disk
+                )
+            })
+            .collect();
+        if facts.is_empty() {
+            return Ok(());
+        }
+        let advice = format!(
+            "wait for the resync, or on {}: drbdadm secondary {}; then {leave} again",
+            self.cfg.peer_name, self.cfg.name
+        );
+        Err(refusal(-2, "Need access to UpToDate data", facts, &advice))
+    }
+
     // ---- asking the peer ------------------------------------------------------------------------
 
     fn ask_peer(&mut self, kind: Kind, volume: u32, uuid_current: u64) -> u64 {
@@ -481,13 +508,16 @@ impl Resource {
         if let Some(change) = &mut self.role_change
             && change.step == RoleStep::AskPeer(reply.id)
         {
-            if let Some(refused) = refused {
-                let to = change.reply;
-                self.role_change = None;
-                self.reply(to, Err(refused));
-            } else {
-                change.step = RoleStep::Promote;
-                self.promote_write();
+            let (to, force) = (change.reply, change.force);
+            self.role_change = None;
+            // While the peer was asked, the good copy may have gone.
+            match refused.map_or_else(|| self.check_promote(force), Err) {
+                Err(refused) => self.reply(to, Err(refused)),
+                Ok(()) => {
+                    self.role_change =
+                        Some(RoleChange { reply: to, force, step: RoleStep::Promote, left: 0 });
+                    self.promote_write();
+                }
             }
             return;
         }

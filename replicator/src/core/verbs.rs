@@ -256,7 +256,7 @@ impl Resource {
             );
             return self.reply(Reply::Admin(id), Err(refused));
         }
-        if let Err(refused) = self.check_not_open() {
+        if let Err(refused) = self.check_not_open().and_then(|()| self.check_peer_needs_us("down")) {
             return self.reply(Reply::Admin(id), Err(refused));
         }
         self.down = Some(Down { reply: id, detaching: false });

@@ -16,7 +16,7 @@ pub(super) fn tell(resource: &str, event: &Event) {
         Event::PeerDisk(VolumeNr(volume), from, to) => {
             tracing::info!(resource, volume, "pdsk( {from} -> {to} )");
         }
-        Event::Handshake(text) => tracing::info!(resource, "{text}"),
+        Event::Handshake(decision) => tracing::info!(resource, "{decision}"),
         Event::ResyncDone { volume: VolumeNr(volume), bits_total, bits_failed, elapsed_ms } => {
             let total_kib = bits_total * KIB_PER_BIT;
             let rate = total_kib * 1000 / (*elapsed_ms).max(1);

@@ -3,6 +3,7 @@ use super::node::VOLUME;
 use super::world::{Options, World};
 use lockstep_replicator::core::config::Protocol;
 use lockstep_replicator::core::event::{AdminCommand, Event, RequestOp};
+use lockstep_replicator::core::policy::Outcome;
 use lockstep_replicator::core::state::{ConnState, DiskState, ReplState, Role};
 
 const MS: u64 = 1_000_000;
@@ -155,17 +156,16 @@ impl Run {
             }
             // Started from equal generations, a resync has no older base to return to: if it is cut and
             // the source goes on alone, only everything is safe.
-            if let Event::Handshake(text) = &event
-                && text.contains("rule 4")
-                && !text.contains("NoSync")
-            {
-                self.full_allowed = true;
-            }
-            if let Event::Handshake(text) = &event
-                && text.contains("full: true")
-                && !self.full_allowed
-            {
-                self.world.fail(format!("n{node}: a full sync without need: {text}"));
+            if let Event::Handshake(decision) = &event {
+                let from_equal = (40..50).contains(&decision.decided.comparison.rule.number());
+                self.full_allowed |= from_equal && decision.decided.outcome != Outcome::NoSync;
+                let full = matches!(
+                    decision.decided.outcome,
+                    Outcome::Source { full: true } | Outcome::Target { full: true }
+                );
+                if full && !self.full_allowed {
+                    self.world.fail(format!("n{node}: a full sync without need: {decision}"));
+                }
             }
         }
         if self.world.in_sync() {

@@ -362,10 +362,11 @@ impl World {
             Some(Asked::Write { record, fua }) => {
                 let both = self.options.net.protocol == Protocol::C;
                 self.history.answer(record, ok, fua && both, self.now);
-                // A node without a disk cannot be ahead itself, even if the other's is on its way out.
-                let holds = self
-                    .state(node)
-                    .is_some_and(|state| !matches!(state.1, DiskState::Diskless | DiskState::Attaching));
+                // A node without good data of its own cannot be ahead itself, even if the other's disk is on
+                // its way out: what it acks is what the other has acked to it.
+                let holds = self.state(node).is_some_and(|state| {
+                    matches!(state.1, DiskState::UpToDate | DiskState::Detaching | DiskState::Failed)
+                });
                 if ok && holds && !self.mirrors(node) {
                     self.ahead[node] = true;
                     self.lone_ack[node] = self.now;

@@ -66,11 +66,11 @@ options! {
         Kind::Choice { values: &["disconnect", "call-pri-lost-after-sb", "violently-as0p"],
             default: "disconnect" },
         V8, Used;
-    ALWAYS_ASBP: Net, "always-asbp", boolean(false), V8, Known;
+    ALWAYS_ASBP: Net, "always-asbp", boolean(false), V8, Used;
     RR_CONFLICT: Net, "rr-conflict",
         Kind::Choice { values: &["disconnect", "call-pri-lost", "violently", "retry-connect",
             "auto-discard"], default: "disconnect" },
-        V8, Known;
+        V8, Used;
     DATA_INTEGRITY_ALG: Net, "data-integrity-alg",
         Kind::Text { max_len: 63 },
         V8, AcceptedWithoutMeaning("every frame carries a checksum anyway");

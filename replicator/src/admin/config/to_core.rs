@@ -3,7 +3,10 @@ use super::model::{Connection, Host, Resource};
 use super::options::{Kind, OptionSet, OptionSpec};
 use super::resolve::is_number;
 use super::table as t;
-use crate::core::config::{NetConfig, OnIoError, Protocol, ResourceConfig, VolumeConfig, WriteOrdering};
+use crate::core::config::{
+    AfterSb0Pri, AfterSb1Pri, AfterSb2Pri, NetConfig, OnIoError, Protocol, ResourceConfig, RrConflict,
+    VolumeConfig, WriteOrdering,
+};
 use crate::units::{SectorCount, VolumeNr};
 
 /// Why a resource cannot run on a node.
@@ -105,28 +108,12 @@ fn net(o: &OptionSet) -> NetConfig {
         connect_int_ms: o.number(&t::CONNECT_INT) * 1000,
         max_epoch_size: u32::try_from(o.number(&t::MAX_EPOCH_SIZE)).unwrap_or(u32::MAX),
         allow_two_primaries: o.flag(&t::ALLOW_TWO_PRIMARIES),
-        after_sb_0pri: after_sb(o, &t::AFTER_SB_0PRI),
-        after_sb_1pri: after_sb(o, &t::AFTER_SB_1PRI),
-        after_sb_2pri: after_sb(o, &t::AFTER_SB_2PRI),
+        after_sb_0pri: AfterSb0Pri::from_name(o.text(&t::AFTER_SB_0PRI)).unwrap_or_default(),
+        after_sb_1pri: AfterSb1Pri::from_name(o.text(&t::AFTER_SB_1PRI)).unwrap_or_default(),
+        after_sb_2pri: AfterSb2Pri::from_name(o.text(&t::AFTER_SB_2PRI)).unwrap_or_default(),
+        always_asbp: o.flag(&t::ALWAYS_ASBP),
+        rr_conflict: RrConflict::from_name(o.text(&t::RR_CONFLICT)).unwrap_or_default(),
     }
-}
-
-/// DRBD's number of a policy: one numbering for the three options, part of its protocol.
-fn after_sb(o: &OptionSet, spec: &OptionSpec) -> u32 {
-    const NUMBERS: &[(&str, u32)] = &[
-        ("disconnect", 0),
-        ("discard-younger-primary", 1),
-        ("discard-older-primary", 2),
-        ("discard-zero-changes", 3),
-        ("discard-least-changes", 4),
-        ("discard-local", 5),
-        ("discard-remote", 6),
-        ("consensus", 7),
-        ("discard-secondary", 8),
-        ("call-pri-lost-after-sb", 9),
-        ("violently-as0p", 10),
-    ];
-    NUMBERS.iter().find(|(name, _)| *name == o.text(spec)).map_or(0, |(_, n)| *n)
 }
 
 fn volume(nr: u16, o: &OptionSet) -> VolumeConfig {

@@ -96,6 +96,8 @@ pub(in crate::core) struct RsWrite {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum RsWriteStep {
     Requested,
+    /// The reply is here, behind writes that have not started.
+    Queued,
     Locking,
     Writing,
 }
@@ -115,6 +117,7 @@ impl Resource {
             (true, _) => DiskState::Outdated,
             (false, _) => DiskState::UpToDate,
         };
+        self.devices[volume].resync_nr += 1;
         self.devices[volume].resync = Some(Resync {
             source,
             full,
@@ -273,6 +276,10 @@ impl Resource {
         rs_writes.retain(|key, write| match write.step {
             RsWriteStep::Writing => true,
             RsWriteStep::Requested => false,
+            RsWriteStep::Queued => {
+                released.extend(write.buffer);
+                false
+            }
             RsWriteStep::Locking => {
                 if !locks.cancel(LockOwner::ResyncTarget(key), &mut granted) {
                     locks.unlock(write.range, LockOwner::ResyncTarget(key), &mut granted);

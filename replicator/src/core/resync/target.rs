@@ -206,9 +206,26 @@ impl Resource {
         if device.rs_writes[key].stale || device.locks.wanted_by_request(range) {
             return self.drop_stale_reply(volume, key);
         }
+        let seq = device.rs_writes[key].seq;
+        if self.queue_behind_writes(volume, range, key, seq) {
+            self.devices[volume].rs_writes[key].step = RsWriteStep::Queued;
+            return;
+        }
+        let device = &mut self.devices[volume];
         device.rs_writes[key].step = RsWriteStep::Locking;
         if device.locks.lock(range, LockOwner::ResyncTarget(key)) {
             self.resync_write_locked(volume, key);
+        }
+    }
+
+    /// The writes that came before this reply have started; they hold their ranges.
+    pub(in crate::core) fn resync_reply_turn(&mut self, volume: usize, key: usize, seq: u32) {
+        let waits = self.devices[volume].rs_writes.get(key);
+        // The resync may have ended meanwhile.
+        if let Some(range) =
+            waits.filter(|w| w.seq == seq && w.step == RsWriteStep::Queued).map(|write| write.range)
+        {
+            self.lock_rs_write(volume, range, key);
         }
     }
 
