@@ -740,7 +740,7 @@ impl Resource {
         let alone = gone && (self.md_primary || for_peer);
         let device = &self.devices[volume];
         let serves = for_peer && device.peer_disk == DiskState::Attaching;
-        if (alone || serves) && device.disk == DiskState::UpToDate && device.uuids.bitmap == 0 {
+        if (alone || serves) && device.uuids.bitmap == 0 && self.own_copy_counts(volume) {
             self.bump_uuid(volume, true);
         }
         self.try_complete_flushes();

@@ -79,9 +79,18 @@ impl UuidSet {
     }
 
     /// A resync from here starts (SEM §12 "SyncSource starts").
+    ///
+    /// Without a base the target has this very generation, so the name is made from it and not drawn
+    /// (DRBD draws one): a target that never hears of it is known again by its generation.
     pub const fn start_as_source(&mut self, random: u64) {
         let old = self.bitmap;
-        self.bitmap = if is_fresh(old) { random } else { old.wrapping_add(SYNC_START_OFFSET) };
+        self.bitmap = if old == 0 && !is_fresh(self.current) {
+            masked(self.current).wrapping_add(SYNC_START_OFFSET)
+        } else if is_fresh(old) {
+            random
+        } else {
+            old.wrapping_add(SYNC_START_OFFSET)
+        };
         if old != 0 {
             self.push_history(old);
         }

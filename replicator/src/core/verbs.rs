@@ -150,6 +150,10 @@ impl Resource {
     fn invalidate_alone(&mut self, reply: Reply, volume: usize) {
         self.devices[volume].bitmap.set_all();
         self.devices[volume].full_sync = true;
+        // Said to be bad by a person: it has no generation any more, so it takes whatever the peer has,
+        // related or not.
+        self.devices[volume].uuids =
+            super::uuid::UuidSet { current: UUID_JUST_CREATED, ..super::uuid::UuidSet::default() };
         self.set_disk(volume, DiskState::Inconsistent);
         self.finish_alone(reply, volume);
     }

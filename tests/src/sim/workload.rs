@@ -330,7 +330,10 @@ impl Run {
         if self.world.nodes[node].core.is_some() {
             return;
         }
-        if self.world.nodes[node].lost_power && !self.world.is_primary(1 - node) {
+        // A Primary without a disk had its only copy in the cache that is lost.
+        let other_holds = self.world.is_primary(1 - node)
+            && self.world.state(1 - node).is_some_and(|state| state.1 >= DiskState::Inconsistent);
+        if self.world.nodes[node].lost_power && !other_holds {
             self.world.history.weaken(true);
         }
         self.world.start(node);

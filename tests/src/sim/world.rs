@@ -791,6 +791,13 @@ impl World {
                 self.was_target[node] = false;
             }
             Event::Repl(_, _, ReplState::SyncTarget) => self.was_target[node] = true,
+            // It has everything from here on, even if the source never hears of it.
+            Event::Disk(_, DiskState::Inconsistent, DiskState::UpToDate) if self.was_target[node] => {
+                let source = 1 - node;
+                if self.lone_ack[source] <= self.source_since[source] {
+                    self.ahead[source] = false;
+                }
+            }
             Event::ResyncDone { bits_failed: 0, .. } if self.was_target[node] => {
                 let source = 1 - node;
                 if self.lone_ack[source] <= self.source_since[source] {
