@@ -27,7 +27,8 @@ nodes_load() {
 # The device a node's Primary offers: node_device nodo1
 node_device() { echo "$NODE_DEVICE_PREFIX${1#nodo}"; }
 
-# nodes_configure DISK1 DISK2: the example's configuration, on one machine.
+# nodes_configure DISK1 DISK2: the example's configuration, on one machine. $NODES_DISK holds further options of the
+# disks.
 nodes_configure() {
     cat >"$LOCKSTEP_CONF" <<EOF
 common {
@@ -36,6 +37,7 @@ common {
 
 resource $RES {
     protocol C;
+    ${NODES_DISK:+disk { $NODES_DISK \}}
     on nodo1 {
         device $(node_device nodo1);
         disk $1;

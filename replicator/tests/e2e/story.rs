@@ -16,6 +16,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 /// Size of each backing file; the load touches a part of it.
@@ -145,14 +146,13 @@ impl Story {
     /// A pair in sync with the first node Primary.
     pub(crate) fn begin(dir: &Path, protocol: char, seed: u64, veth: Option<Veth>) -> Self {
         let program = Path::new(env!("CARGO_BIN_EXE_lockstep"));
-        let free = || std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let (net, program, ports) = match veth {
             Some(veth) => {
                 let program = veth.wrap(dir, program);
                 (Net::Veth(veth), program, [7789, 7790, 7789, 7790])
             }
             None => {
-                let own = [free(), free()];
+                let own = [quiet_port(), quiet_port()];
                 let link = Link::start(own).unwrap();
                 let ports = [own[0], own[1], link.ports[0], link.ports[1]];
                 (Net::Proxy(link), program.to_owned(), ports)
@@ -621,6 +621,19 @@ impl Drop for Story {
             for line in &lines[lines.len().saturating_sub(120)..] {
                 println!("{line}");
             }
+        }
+    }
+}
+
+/// A port that nobody takes while its node is dead: below those that the kernel gives out by itself, and no other
+/// story's in this process.
+fn quiet_port() -> u16 {
+    static TAKEN: AtomicU16 = AtomicU16::new(0);
+    loop {
+        let start = u16::try_from(std::process::id() % 8000).unwrap_or(0);
+        let port = 20_000 + (start + TAKEN.fetch_add(1, Ordering::Relaxed)) % 12_000;
+        if std::net::TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
         }
     }
 }
