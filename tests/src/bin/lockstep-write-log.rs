@@ -8,7 +8,7 @@
 //! `check` cuts the power of the Primary after random entries of its log OWN, half of them flushes, and wants its
 //! metadata to cover every difference to the peer's disk of that moment. NOTES holds "OWN PEER" lengths of both logs at
 //! the same moments. Each of `--pairs` is a line `pair OWN PEER flush|write CHECKPOINT` for further tests.
-//! A mark `start` in OWN says where the story begins; a mark `checkpoint N` that file N was made stable.
+//! A mark `start` in OWN says where the story begins; a mark `checkpoint-N` that file N was made stable.
 #![expect(clippy::print_stdout, reason = "a program whose output is its result")]
 
 use lockstep_tests::write_log::coverage::{Cut, Recording};
@@ -21,7 +21,7 @@ type Outcome = Result<(), Box<dyn Error>>;
 
 const USAGE: &str = "usage: lockstep-write-log list LOG | replay LOG ENTRIES IMAGE BYTES | \
                      check OWN PEER NOTES BYTES DIR --cuts N --pairs N --seed N [--forget log|bitmap]";
-const CHECKPOINT: &str = "checkpoint ";
+const CHECKPOINT: &str = "checkpoint-";
 
 fn list(path: &str) -> Outcome {
     let log = WriteLog::open(path)?;

@@ -26,7 +26,7 @@ checkpoint() {
     checkpoint=$((checkpoint + 1))
     echo $checkpoint >"$mnt/checkpoints/$checkpoint"
     within 60 sync "$mnt/checkpoints/$checkpoint" "$mnt/checkpoints"
-    dm message rec1 0 mark "checkpoint $checkpoint"
+    dm message rec1 0 mark checkpoint-$checkpoint
 }
 
 # busy SECONDS: fio writes all over its file while checkpoints are made.
@@ -71,22 +71,23 @@ for node in nodo1 nodo2; do
     on $node up $RES
 done
 wait_for '[[ $(node_conn nodo1) == Connected ]]' 60
-on nodo1 primary --force $RES
-wait_for in_sync 120
+# Both disks are zeroes: there is nothing to copy, and a recorded full resync would be most of the record.
+on nodo1 new-current-uuid --clear-bitmap $RES
+wait_for in_sync 60
+on nodo1 primary $RES
 bytes=$(blockdev --getsize64 /dev/drbd1)
 within 120 mkfs.ext4 -q -N 2000 -E nodiscard,lazy_itable_init=1 /dev/drbd1
 within 60 mount -o noinit_itable /dev/drbd1 "$mnt"
 mkdir "$mnt/checkpoints"
 within 60 fallocate -l 420M "$mnt/spread"
 sync -f "$mnt"
+# How long both records are, as often as this machine can say it; see lockstep-write-log for what becomes of it.
 (
     trap - ERR
     set +e
-    while :; do
-        dm status --target log-writes | awk '$1 == "rec1:" { own = $5 } $1 == "rec2:" { peer = $5 } END { print own, peer }'
-        sleep 0.05
-    done
-) >$notes &
+    export DM_DISABLE_UDEV=1
+    while dmsetup status --target log-writes; do read -rt 0.05 <> <(:); done
+) >$notes.raw &
 sampler=$!
 dm message rec1 0 mark start
 
@@ -114,7 +115,7 @@ for node in nodo1 nodo2; do
     stop_node $node
 done
 for side in 1 2; do dm remove rec$side; done
-sed -i '/^[0-9]* [0-9]*$/!d' $notes
+awk '$1 == "rec1:" { own = $5 } $1 == "rec2:" { if (own != "") print own, $5; own = "" }' $notes.raw >$notes
 fresh "$(losetup -j /run/vm/record1.img | cut -d: -f1)" "$(losetup -j /run/vm/record2.img | cut -d: -f1)"
 sync
 "$write_log" list /run/vm/record1.img >/run/vm/list
