@@ -166,7 +166,7 @@ impl Pair<'_> {
             let (unknown, by_peer) = self.unknown(&marked);
             if unknown.is_empty() {
                 found.peer = self.peer.applied();
-                found.differing = self.differing.len();
+                found.differing = self.differing.range(..marked.blocks()).count();
                 found.by_peer = by_peer;
                 break true;
             }

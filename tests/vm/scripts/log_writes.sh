@@ -148,7 +148,7 @@ while read -r _ own peer kind last; do
     if [[ $last != - ]]; then
         check_equal "cut after $own: checkpoint" "$last" "$(debugfs -R "cat /checkpoints/$last" whole.img 2>/dev/null)"
     fi
-    ((resyncs < ${RESYNCS:-5})) || continue
+    ((resyncs < ${RESYNCS:-3})) || continue
     resyncs=$((resyncs + 1))
 
     cp --sparse=always own.img ours.img
@@ -183,5 +183,5 @@ while read -r _ own peer kind last; do
     check "cut after $own, peer after $peer: both nodes became equal" same_bytes "$loop1" "$loop2" "$bytes"
     losetup -d "$loop1" "$loop2"
 done < <(grep ^pair /run/vm/found)
-check_equal "resyncs" "${RESYNCS:-5}" "$resyncs"
+check_equal "resyncs" "${RESYNCS:-3}" "$resyncs"
 passed
