@@ -134,6 +134,7 @@ impl Node {
                     .extend(transaction.updates.iter().map(|(_, extent)| *extent).filter(|e| *e != u32::MAX));
             }
             MetaWrite::AlInit => self.hot.clear(),
+            MetaWrite::Relocate | MetaWrite::ForgetOldPlace => {}
             MetaWrite::Bitmap(pages) => {
                 for page in pages {
                     let at = page.index as usize * page.words.len();
@@ -296,6 +297,7 @@ impl World {
                 }
             }
             Output::Release(_) | Output::Event(_) => {}
+            Output::Measure(volume) => self.handle(at, Input::Measured { volume, place: None }),
             Output::AdminReply { id, .. } => assert!(node.verbs.remove(&id.0), "{id:?} answered twice"),
             Output::Export { size, .. } => {
                 node.exported = size.is_some();

@@ -296,6 +296,8 @@ fn all() -> Vec<Golden> {
                 kind: v1::state_request::Kind::SkipInitialSync.into(),
                 volume: 1,
                 uuid_current: 0xa1a2_a3a4_a5a6_a7a8,
+                size_sectors: 0,
+                assume_clean: false,
             }),
             0,
             "4c4b5331 01000023 000f0000 00000000 00000000 58d46b4b \
@@ -303,7 +305,7 @@ fn all() -> Vec<Golden> {
         ),
         golden(
             "state_reply",
-            Message::StateReply(v1::StateReply { id: 31, result: -7, text: "held open".into() }),
+            Message::StateReply(v1::StateReply { id: 31, result: -7, text: "held open".into(), value: 0 }),
             0,
             "4c4b5331 01000024 00180000 00000000 00000000 310dad2e \
                 081f10f9ffffffffffffffff011a0968656c64206f70656e",

@@ -126,16 +126,14 @@ fn control() -> impl Strategy<Value = Message> {
         hello().prop_map(Message::Hello),
         volume_info().prop_map(Message::VolumeInfo),
         state().prop_map(Message::State),
-        (any::<u64>(), any::<i32>(), any::<u32>(), any::<u64>()).prop_map(
-            |(id, kind, volume, uuid_current)| Message::StateRequest(v1::StateRequest {
-                id,
-                kind,
-                volume,
-                uuid_current
-            })
+        (any::<u64>(), any::<i32>(), any::<u32>(), any::<u64>(), any::<u64>(), any::<bool>()).prop_map(
+            |(id, kind, volume, uuid_current, size_sectors, assume_clean)| Message::StateRequest(
+                v1::StateRequest { id, kind, volume, uuid_current, size_sectors, assume_clean }
+            )
         ),
-        (any::<u64>(), any::<i32>(), "\\PC{0,80}")
-            .prop_map(|(id, result, text)| Message::StateReply(v1::StateReply { id, result, text })),
+        (any::<u64>(), any::<i32>(), "\\PC{0,80}", any::<u64>()).prop_map(|(id, result, text, value)| {
+            Message::StateReply(v1::StateReply { id, result, text, value })
+        }),
         Just(Message::Ping(v1::Ping {})),
         Just(Message::PingAck(v1::PingAck {})),
         "\\PC{0,80}".prop_map(|reason| Message::TearDown(v1::TearDown { reason })),

@@ -138,9 +138,11 @@ fn message(rng: &mut Rng, known: &[u64], ids: &[u64]) -> (Message, u64) {
         26 | 27 => (
             Message::StateRequest(v1::StateRequest {
                 id: number(rng, 5),
-                kind: i32::try_from(rng.below(6)).unwrap_or(0),
+                kind: i32::try_from(rng.below(8)).unwrap_or(0),
                 volume,
                 uuid_current: rng.next(),
+                size_sectors: number(rng, 1 << 17),
+                assume_clean: rng.percent(50),
             }),
             0,
         ),
@@ -149,6 +151,7 @@ fn message(rng: &mut Rng, known: &[u64], ids: &[u64]) -> (Message, u64) {
                 id: number(rng, 5),
                 result: i32::try_from(rng.below(3)).unwrap_or(0),
                 text: String::new(),
+                value: number(rng, 1 << 17),
             }),
             0,
         ),

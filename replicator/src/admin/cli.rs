@@ -2,6 +2,7 @@
 //!
 //! Raw arguments become typed ones in two steps: [`normalise`] undoes drbdadm's own order (backend
 //! options behind `--` before the verb, `-W`), then clap does the rest. Nothing here touches the world.
+use crate::admin::control::ResourceVerb;
 use clap::{Args, Parser, Subcommand};
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -315,6 +316,15 @@ pub enum Verb {
         #[arg(long)]
         clear_bitmap: bool,
     },
+    /// Take the size that the backing disks of both nodes have now
+    Resize {
+        /// Which.
+        #[command(flatten)]
+        targets: Targets,
+        /// How.
+        #[command(flatten)]
+        resize: ResizeArgs,
+    },
     /// Own and peer's role
     #[command(alias = "state")]
     Role(Targets),
@@ -333,18 +343,6 @@ pub enum Verb {
         /// With counters
         #[arg(short, long)]
         statistics: bool,
-    },
-    /// Why the nodes are connected, resyncing or apart: what they told each other, and what follows
-    Explain {
-        /// Which.
-        #[command(flatten)]
-        targets: OptionalTargets,
-        /// As JSON
-        #[arg(short, long)]
-        json: bool,
-        /// How many of the last meetings
-        #[arg(long, value_name = "N", default_value_t = 3)]
-        last: usize,
     },
     /// Wait until the peer is connected
     WaitConnect(Targets),
@@ -498,6 +496,14 @@ pub enum SetupCommand {
         /// Minor number
         minor: String,
     },
+    /// Take the size that the backing disks of both nodes have now
+    Resize {
+        /// Minor number
+        minor: String,
+        /// How.
+        #[command(flatten)]
+        resize: ResizeArgs,
+    },
     /// Start a new generation
     NewCurrentUuid {
         /// Minor number
@@ -516,6 +522,48 @@ pub enum SetupCommand {
         /// Resource
         resource: String,
     },
+}
+
+/// Options of `resize`.
+#[derive(Args, Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ResizeArgs {
+    /// This size: KiB, or with a unit (s K M G T P)
+    #[arg(long, value_parser = size_sectors)]
+    size: Option<u64>,
+    /// The new area holds the same on both nodes already: do not copy it
+    #[arg(long)]
+    assume_clean: bool,
+    /// Grow although the peer cannot be asked
+    #[arg(long)]
+    assume_peer_has_space: bool,
+    /// Make the volume smaller, as --size says: what lies behind is given up
+    #[arg(long)]
+    force: bool,
+}
+
+impl ResizeArgs {
+    /// As asked of the daemon.
+    #[must_use]
+    pub const fn verb(self) -> ResourceVerb {
+        let Self { size, assume_clean, assume_peer_has_space, force } = self;
+        ResourceVerb::Resize { size_sectors: size, assume_clean, assume_peer_has_space, force }
+    }
+}
+
+/// Sectors of a size as drbdsetup takes it.
+fn size_sectors(text: &str) -> Result<u64, String> {
+    let (digits, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
+    let sectors_per_unit: u64 = match unit {
+        "s" => 1,
+        "" | "K" | "k" => 2,
+        "M" | "m" => 2 << 10,
+        "G" | "g" => 2 << 20,
+        "T" | "t" => 2 << 30,
+        "P" | "p" => 2 << 40,
+        _ => return Err(format!("unknown unit '{unit}'; use s, K, M, G, T or P")),
+    };
+    let count: u64 = digits.parse().map_err(|_| "no number".to_owned())?;
+    count.checked_mul(sectors_per_unit).filter(|size| *size > 0).ok_or_else(|| "no possible size".to_owned())
 }
 
 /// Puts drbdadm's argument order into the usual one: `[-- OPT...] VERB RES...` becomes

@@ -105,6 +105,17 @@ pub enum ResourceVerb {
         /// Skip the initial sync.
         clear_bitmap: bool,
     },
+    /// Take the size the backing disks have now, or another one.
+    Resize {
+        /// Sectors; all that both disks hold when not given.
+        size_sectors: Option<u64>,
+        /// The new area is the same on both nodes.
+        assume_clean: bool,
+        /// Grow without asking the peer.
+        assume_peer_has_space: bool,
+        /// A smaller size is meant.
+        force: bool,
+    },
     /// Until Connected.
     WaitConnect,
     /// Until no resync to this node runs.
@@ -236,6 +247,14 @@ mod tests {
             Just(ResourceVerb::Secondary),
             Just(ResourceVerb::InvalidateRemote),
             any::<bool>().prop_map(|clear_bitmap| ResourceVerb::NewCurrentUuid { clear_bitmap }),
+            (any::<Option<u64>>(), any::<bool>(), any::<bool>(), any::<bool>()).prop_map(
+                |(size_sectors, assume_clean, assume_peer_has_space, force)| ResourceVerb::Resize {
+                    size_sectors,
+                    assume_clean,
+                    assume_peer_has_space,
+                    force,
+                }
+            ),
             Just(ResourceVerb::WaitSync),
         ]
     }

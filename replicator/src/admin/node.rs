@@ -8,8 +8,10 @@
 use crate::admin::control::{ResourceVerb, VerbRequest};
 use crate::admin::outcome::{self, Failure, SS_DEVICE_IN_USE};
 use crate::admin::plan::{self, LocalResource, LocalVolume, Source};
+use crate::admin::process;
 use crate::admin::view::{DeviceView, ResourceView};
 use crate::core::event::{AdminCommand, Refusal};
+use crate::core::resize::ResizeOptions;
 use crate::core::state::{ConnState, DiskState, ReplState};
 use crate::core::status::ResourceStatus;
 use crate::frontend::choice;
@@ -17,8 +19,9 @@ use crate::frontend::server::{ExportTable, ExportedResource, NbdServer, Scope};
 #[cfg(feature = "ublk")]
 use crate::frontend::ublk::{UblkDisks, VolumePlan};
 use crate::runtime::ResourceHandle;
+use crate::runtime::backing::grown::KnownSize;
 use crate::runtime::backing::{AttachError, Backing};
-use crate::units::VolumeNr;
+use crate::units::{SectorCount, VolumeNr};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -66,6 +69,8 @@ pub struct Node {
 #[derive(Debug)]
 struct Running {
     resource: LocalResource,
+    /// For notes that outlive a restart of the machine.
+    state_dir: PathBuf,
     handle: ResourceHandle,
     exported: Arc<ExportedResource>,
     server: Mutex<Option<NbdServer>>,
@@ -294,6 +299,15 @@ impl Node {
                 self.each_volume(request, |volume| AdminCommand::NewCurrentUuid { volume, clear_bitmap })
                     .await
             }
+            ResourceVerb::Resize { size_sectors, assume_clean, assume_peer_has_space, force } => {
+                let options = ResizeOptions {
+                    size: size_sectors.map(SectorCount),
+                    assume_clean,
+                    assume_peer_has_space,
+                    shrink: force,
+                };
+                self.each_volume(request, |volume| AdminCommand::Resize { volume, options }).await
+            }
             ResourceVerb::WaitConnect => self.wait(name, connected_or_never).await,
             ResourceVerb::WaitSync => self.wait(name, no_resync_to_here).await,
         }
@@ -396,6 +410,7 @@ impl Node {
         debug_assert_eq!(kind, choice::FrontendKind::Nbd, "ublk is not built in");
         let running = Arc::new(Running {
             resource,
+            state_dir: process::state_dir(&self.run_dir),
             handle,
             exported: Arc::clone(&exported),
             server: Mutex::new(None),
@@ -499,7 +514,8 @@ async fn attach(running: &Running, volume: &LocalVolume) -> Result<(), VerbError
     }
     let place = volume.backing_place().map_err(|text| failed(format!("{object}: {text}\n")))?;
     // Reading a bitmap takes a while: not on the control thread.
-    let opened = tokio::task::spawn_blocking(move || Backing::open(&disk, &place)).await;
+    let known = KnownSize::new(&running.state_dir, volume.minor, &disk);
+    let opened = tokio::task::spawn_blocking(move || Backing::open_known(&disk, &place, Some(known))).await;
     let (backing, attached) = match opened {
         Ok(result) => result.map_err(|error| attach_refusal(&error, &object))?,
         Err(_panicked) => return Err(failed(format!("{object}: opening the disk failed\n"))),

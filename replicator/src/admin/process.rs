@@ -23,6 +23,14 @@ pub fn default_run_dir() -> PathBuf {
     )
 }
 
+/// Where notes are kept that outlive a restart of the machine: DRBD's own place for a daemon in the usual
+/// place, else the run directory.
+#[must_use]
+pub fn state_dir(run_dir: &Path) -> PathBuf {
+    let usual = nix::unistd::geteuid().is_root() && run_dir == default_run_dir();
+    if usual { "/var/lib/drbd".into() } else { run_dir.into() }
+}
+
 /// Prepares the process: no memory reclaim through our own device, no paging of the daemon, mounts of
 /// our own so that the daemon never holds a mount of the device it serves. Call before any thread is
 /// started. Answers what was refused, in words.

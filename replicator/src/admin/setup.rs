@@ -64,6 +64,7 @@ fn try_run(session: &mut Session<'_>, command: &SetupCommand) -> Result<u8, Fail
         C::NewCurrentUuid { minor, clear_bitmap } => {
             on_volume(session, minor, R::NewCurrentUuid { clear_bitmap: *clear_bitmap })
         }
+        C::Resize { minor, resize } => on_volume(session, minor, resize.verb()),
         C::WaitConnectResource { resource } => Ok(session.change_named(resource, None, R::WaitConnect)),
         C::WaitSyncResource { resource } => Ok(session.change_named(resource, None, R::WaitSync)),
     }

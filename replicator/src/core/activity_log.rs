@@ -212,6 +212,12 @@ impl ActivityLog {
         }
     }
 
+    /// Slots of the table.
+    #[must_use]
+    pub fn nr_slots(&self) -> u32 {
+        u32::try_from(self.slots.len()).unwrap_or(MAX_SLOTS)
+    }
+
     /// References held by requests in flight.
     #[must_use]
     pub fn references(&self) -> u64 {

@@ -18,7 +18,7 @@ use super::verbs::refusal;
 use super::{Reply, Resource};
 use crate::core::config::OnIoError;
 use crate::meta::{Attached, flags};
-use crate::units::{BITS_PER_AL_EXTENT, BlockRange, SECTORS_PER_AL_EXTENT, SectorCount};
+use crate::units::{BITS_PER_AL_EXTENT, BlockRange, SECTORS_PER_AL_EXTENT, SECTORS_PER_BIT, SectorCount};
 
 /// A procedure on the backing disk of one volume.
 #[derive(Debug)]
@@ -32,6 +32,8 @@ pub(super) enum DiskProcedure {
     },
     /// Leaving cleanly.
     Detach { reply: Reply, step: DetachStep, drain_through: Option<EpochNr> },
+    /// Another size, or metadata at another place.
+    Resize(Box<super::resize::Resizing>),
     /// Waiting for IO in flight on a failed disk.
     Failing { reply: Option<Reply> },
 }
@@ -43,9 +45,6 @@ pub(super) enum AttachStep {
     Superblock,
     AlInit,
     FinalSuperblock,
-    /// Ready, but a role change is on its way: the peer has to hear of it before it hears of this disk,
-    /// or writes that only the peer takes would belong to no newer generation (S28).
-    Meet,
 }
 
 /// Which step of a detach is on its way.
@@ -158,9 +157,17 @@ impl Resource {
 
         let covered_by_disk = bitmap.len() as u64 * 64;
         let nr_bits = Device::nr_bits(device.size);
-        device.bitmap = Bitmap::from_words(bitmap, nr_bits);
+        // Behind the size it was last used with, the disk's bits mean nothing: that area was added since (S16).
+        let la_size = superblock.la_size;
+        let old_bits = if la_size.0 == 0 { nr_bits } else { Device::nr_bits(la_size).min(nr_bits) };
+        device.bitmap = Bitmap::from_words(bitmap, old_bits);
         // Bits the disk does not hold are unknown: take them as set.
-        device.bitmap.set_range(covered_by_disk.min(nr_bits)..nr_bits);
+        device.bitmap.set_range(covered_by_disk.min(old_bits)..old_bits);
+        device.bitmap.resize(nr_bits, true);
+        if la_size.0 != 0 && la_size < device.size {
+            let partial = la_size.0 / SECTORS_PER_BIT;
+            device.bitmap.set_range(partial..partial + 1);
+        }
         let disabled = found & flags::AL_DISABLED != 0 && (was_primary || crashed);
         let all = found & flags::FULL_SYNC != 0 || disabled || (al_unusable && was_primary);
         if all {
@@ -222,11 +229,8 @@ impl Resource {
                     *step = AttachStep::AlInit;
                     self.meta(volume, MetaWrite::AlInit, MetaContext::AlInit(volume));
                 }
-                AttachStep::AlInit | AttachStep::Meet => {}
-                AttachStep::FinalSuperblock => {
-                    *step = AttachStep::Meet;
-                    self.progress_disk(volume);
-                }
+                AttachStep::AlInit => {}
+                AttachStep::FinalSuperblock => self.finish_attach(volume),
             },
             Some(DiskProcedure::Detach { step, .. }) => match step {
                 DetachStep::Drain | DetachStep::AlInit => {}
@@ -238,6 +242,7 @@ impl Resource {
                 DetachStep::Superblock => *step = DetachStep::Close,
                 DetachStep::Close => {}
             },
+            Some(DiskProcedure::Resize(_)) => self.resize_step_done(volume),
             Some(DiskProcedure::Failing { .. }) | None => {}
         }
     }
@@ -249,6 +254,7 @@ impl Resource {
                 *step = DetachStep::Superblock;
                 self.devices[volume].md_clean = true;
             }
+            Some(DiskProcedure::Resize(_)) => return self.resize_step_done(volume),
             Some(DiskProcedure::Failing { .. }) | None => return,
         }
         self.md_touch(volume);
@@ -295,6 +301,11 @@ impl Resource {
     pub(super) fn on_detach(&mut self, reply: Reply, volume: usize, force: bool) {
         let device = &self.devices[volume];
         let name = format!("{}/{}", self.cfg.name, device.nr.0);
+        if matches!(device.procedure, Some(DiskProcedure::Resize(_))) && !force {
+            let facts = vec![format!("a resize of {name} is running")];
+            let text = "In transient state, retry after next state change";
+            return self.reply(reply, Err(refusal(-18, text, facts, "wait for it, or detach --force")));
+        }
         match device.disk {
             DiskState::Diskless => return self.reply(reply, Ok(())),
             DiskState::Attaching | DiskState::Detaching | DiskState::Negotiating => {
@@ -374,9 +385,6 @@ impl Resource {
                     self.write_bitmap(volume, BitmapThen::Disk);
                 }
             }
-            Some(DiskProcedure::Attach { step: AttachStep::Meet, .. }) if self.role_change.is_none() => {
-                self.finish_attach(volume);
-            }
             Some(DiskProcedure::Detach { step: DetachStep::Close, .. }) if idle => self.finish_detach(volume),
             Some(DiskProcedure::Failing { .. }) if idle => {
                 if let Some(DiskProcedure::Failing { reply }) = self.devices[volume].procedure.take() {
@@ -386,6 +394,7 @@ impl Resource {
                     }
                 }
             }
+            Some(DiskProcedure::Resize(_)) => self.progress_resize(volume),
             Some(
                 DiskProcedure::Attach { .. } | DiskProcedure::Detach { .. } | DiskProcedure::Failing { .. },
             )
@@ -480,6 +489,10 @@ impl Resource {
         let pending = match self.devices[volume].procedure.take() {
             Some(DiskProcedure::Attach { reply, .. } | DiskProcedure::Detach { reply, .. }) => Some(reply),
             Some(DiskProcedure::Failing { reply }) => reply,
+            Some(DiskProcedure::Resize(resizing)) => {
+                self.resize_failed(volume, &resizing, &format!("{why}{detail}"));
+                None
+            }
             None => None,
         };
         self.devices[volume].procedure = Some(DiskProcedure::Failing { reply: None });

@@ -208,6 +208,11 @@ impl Bitmap {
         Some(BitmapPage { index: u32::try_from(page).ok()?, words })
     }
 
+    /// The disk holds none of it: every page counts as changed.
+    pub fn rewrite(&mut self) {
+        self.mark_changed(0..self.bits.len());
+    }
+
     fn mark_changed(&mut self, bits: Range<usize>) {
         let page_bits = index(BITMAP_PAGE_BITS);
         for page in bits.start / page_bits..bits.end.div_ceil(page_bits) {

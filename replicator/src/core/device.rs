@@ -80,6 +80,10 @@ pub(super) struct Device {
     pub(super) al_waiters: VecDeque<AlUser>,
     pub(super) al_committing: Vec<AlUser>,
     pub(super) al_step: AlStep,
+    /// The log lets nobody in: it is about to be made anew.
+    pub(super) al_hold: bool,
+    /// The size that the superblock still says, until the bits of a larger one are durable.
+    pub(super) recorded_size: Option<SectorCount>,
     pub(super) locks: IntervalLocks,
     /// Data writes completed, and how many of them a completed flush covers.
     pub(super) writes_done: u64,
@@ -140,6 +144,8 @@ impl Device {
             al_waiters: VecDeque::new(),
             al_committing: Vec::new(),
             al_step: AlStep::Idle,
+            al_hold: false,
+            recorded_size: None,
             locks: IntervalLocks::default(),
             writes_done: 0,
             writes_flushed: 0,

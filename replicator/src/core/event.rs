@@ -6,9 +6,10 @@
 //! lets go (`Complete` for a request's buffer, [`Output::Release`] for any other), one for each
 //! `Disk` in flight and one for each `Send` not yet given to the socket.
 use crate::core::explain::Decision;
+use crate::core::resize::ResizeOptions;
 use crate::core::state::{ConnState, DiskState, ReplState, Role};
 use crate::core::status::ResourceStatus;
-use crate::meta::{AlTransaction, Attached, BitmapPage, Superblock};
+use crate::meta::{AlTransaction, Attached, BitmapPage, MetaPlace, Superblock};
 use crate::units::{BlockRange, SectorCount, VolumeNr};
 use bytes::Bytes;
 use lockstep_proto::Message;
@@ -196,6 +197,10 @@ pub enum MetaWrite {
     AlInit,
     /// Bitmap pages of 4 KiB.
     Bitmap(Vec<BitmapPage>),
+    /// From now on everything goes to the place that was measured last. Writes nothing.
+    Relocate,
+    /// Make the superblock at the place before [`MetaWrite::Relocate`] unreadable, unless it is overwritten.
+    ForgetOldPlace,
 }
 
 /// What a frame carries behind its header.
@@ -286,6 +291,13 @@ pub enum Input {
         /// that is not configured answers 0, as DRBD's helper does.
         exit_code: Option<i32>,
     },
+    /// What the devices of a volume hold now; answers [`Output::Measure`].
+    Measured {
+        /// Which volume.
+        volume: VolumeNr,
+        /// Where metadata belongs on devices of this size; `None` = cannot be told.
+        place: Option<MetaPlace>,
+    },
     /// The deadline of `poll_timeout` has passed.
     Timeout,
 }
@@ -338,6 +350,13 @@ pub enum AdminCommand {
         volume: VolumeNr,
         /// Clear all bits: skip the initial sync, or truck-based seeding.
         clear_bitmap: bool,
+    },
+    /// Take the size that the backing disks have now, or another one.
+    Resize {
+        /// Which volume.
+        volume: VolumeNr,
+        /// How.
+        options: ResizeOptions,
     },
     /// Disconnect, demote, detach everything; replies when all metadata is clean.
     Down,
@@ -421,6 +440,8 @@ pub enum Output {
     },
     /// The backing disk of the volume is no longer used; close it.
     DiskReleased(VolumeNr),
+    /// Look at the size of the devices of this volume; answer with [`Input::Measured`].
+    Measure(VolumeNr),
     /// Run this program of the operator, if there is one, and answer with [`Input::HandlerDone`].
     RunHandler {
         /// Echoed in the answer.

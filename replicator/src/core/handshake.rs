@@ -8,15 +8,15 @@
 //! decision: verbs wait, a failing disk drops the session.
 use super::compare::{Fix, Rule, Side};
 use super::config::{AfterSb0Pri, AfterSb1Pri, AfterSb2Pri, RrConflict};
-use super::device::Device;
 use super::event::{Event, HandlerName, Payload, Severity};
 use super::explain::Decision;
 use super::handlers::Purpose;
+use super::metadata::BitmapThen;
 use super::policy::{Decided, Obstacle, Outcome, Policies, Reason, decide};
 use super::state::{ConnState, DiskState, ReplState, Role};
 use super::uuid::UuidSet;
 use super::{Resource, config};
-use crate::units::{SECTORS_PER_AL_EXTENT, SectorCount};
+use crate::units::SectorCount;
 use lockstep_proto::v1::volume_info::Phase;
 use lockstep_proto::{Message, limits, v1};
 
@@ -30,7 +30,7 @@ mod uuid_flags {
 /// Volumes of a resource at most.
 const MAX_VOLUMES: usize = 1 << 16;
 /// 16 PiB; more is no size but an attack on our arithmetic.
-const MAX_SECTORS: u64 = 1 << 45;
+pub(super) const MAX_SECTORS: u64 = 1 << 45;
 
 /// How far the meeting is.
 #[derive(Debug, Default)]
@@ -315,6 +315,11 @@ impl Resource {
                 self.devices[volume].peer_capacity = SectorCount(info.capacity_sectors);
                 if !self.devices[volume].has_metadata() {
                     self.devices[volume].exposed_uuid = info.uuid_current;
+                    if info.agreed_size_sectors > self.devices[volume].size.0 {
+                        // Without a disk this node shows what the peer has.
+                        self.devices[volume].size = SectorCount(info.agreed_size_sectors);
+                        self.update_export(volume);
+                    }
                 }
             }
             Phase::Attach => {
@@ -333,7 +338,6 @@ impl Resource {
                     return self.protocol_error("an answer to an attach that nobody asked");
                 }
                 self.decide_volume(volume);
-                self.run_parked();
             }
         }
     }
@@ -405,7 +409,15 @@ impl Resource {
         let sent = session.handshake.sent.iter().find(|info| info.volume == nr)?;
         let received = session.handshake.received.iter().find(|info| info.volume == nr)?;
         let tie = self.cfg.node_id < self.cfg.peer_node_id;
-        Some((side(sent, tie), side(received, !tie)))
+        let (mut me, mut peer) = (side(sent, tie), side(received, !tie));
+        let disks = sent.capacity_sectors != 0 && received.capacity_sectors != 0;
+        let used = size_in_use(sent, received);
+        if disks && used != 0 && size_wanted(sent, received) > used {
+            // The area that this handshake adds is marked on both nodes.
+            me.out_of_sync_bits = me.out_of_sync_bits.max(1);
+            peer.out_of_sync_bits = peer.out_of_sync_bits.max(1);
+        }
+        Some((me, peer))
     }
 
     /// What both configurations say, as this node sees it.
@@ -542,9 +554,6 @@ impl Resource {
             return self.refuse_peer(&why, "give both nodes backing devices of the same size");
         }
         let Decision { theirs: peer, decided: Decided { comparison, outcome, .. }, .. } = decision;
-        if let Outcome::Refuse(obstacle) = *outcome {
-            return self.refuse_by(decision, obstacle);
-        }
         if comparison.rule == Rule::Diskless {
             self.set_peer_disk_fact(volume, peer.disk);
             self.set_repl(volume, ReplState::Established);
@@ -586,8 +595,9 @@ impl Resource {
                 }
                 self.begin_resync(volume, false, full, peer.disk);
             }
-            // These want a handshake of their own; refused was above.
-            Outcome::MustDemote { .. } | Outcome::Retry(_) | Outcome::Refuse(_) => self.drop_session(
+            Outcome::Refuse(obstacle) => self.refuse_by(decision, obstacle),
+            // Both want a handshake of their own.
+            Outcome::MustDemote { .. } | Outcome::Retry(_) => self.drop_session(
                 ConnState::NetworkFailure,
                 "the attached disk and the peer's do not go together while this node is Primary",
             ),
@@ -632,32 +642,20 @@ impl Resource {
         else {
             return Ok(());
         };
-        let never_used = |info: &v1::VolumeInfo| info.uuid_current & !1 == crate::meta::UUID_JUST_CREATED;
         let size = match (sent.capacity_sectors, received.capacity_sectors) {
             (0, 0) => sent.agreed_size_sectors.max(received.agreed_size_sectors),
             (0, _) => received.agreed_size_sectors,
             (_, 0) => sent.agreed_size_sectors,
             (own, other) => {
-                let most = own.min(other);
-                // What either side already exports stays; fresh disks take what both hold.
-                let limit = |info: &v1::VolumeInfo| {
-                    if info.user_size_sectors == 0 { u64::MAX } else { info.user_size_sectors }
-                };
-                let wanted = most.min(limit(&sent)).min(limit(&received));
-                for info in [&sent, &received] {
-                    if !never_used(info) && info.agreed_size_sectors > most {
-                        return Err(format!(
-                            "volume {nr}: the peer's disk size is too small! ({most} sectors on the smaller disk, {} in use)",
-                            info.agreed_size_sectors
-                        ));
-                    }
+                let (most, used) = (own.min(other), size_in_use(&sent, &received));
+                if used > most {
+                    return Err(format!(
+                        "volume {nr}: the peer's disk size is too small! ({most} sectors on the smaller disk, {used} in use)"
+                    ));
                 }
-                let in_use =
-                    |info: &v1::VolumeInfo| if never_used(info) { 0 } else { info.agreed_size_sectors };
-                match in_use(&sent).max(in_use(&received)) {
-                    0 => wanted,
-                    used => used,
-                }
+                // Fresh disks take what both hold. Where both grew while they were apart or off, the
+                // volume grows with them; what is in use stays.
+                used.max(size_wanted(&sent, &received))
             }
         };
         if adopt {
@@ -665,16 +663,13 @@ impl Resource {
             device.peer_capacity = SectorCount(received.capacity_sectors);
             let mut changed = false;
             if device.size.0 != size && size != 0 {
-                device.size = SectorCount(size);
                 changed = true;
-                if device.has_metadata() {
-                    device.bitmap.resize(Device::nr_bits(device.size), true);
-                    if let Some(al) = device.al.as_mut() {
-                        al.resize(size.div_ceil(SECTORS_PER_AL_EXTENT));
-                    }
-                }
+                self.extend_bitmap(volume, SectorCount(size), true);
             }
-            if changed {
+            if changed && self.devices[volume].recorded_size.is_some() {
+                // Its bits first, then the size, then the users.
+                self.write_bitmap(volume, BitmapThen::Grown);
+            } else if changed {
                 self.md_touch(volume);
                 self.update_export(volume);
             }
@@ -748,6 +743,24 @@ impl Resource {
         }
         self.try_complete_flushes();
     }
+}
+
+/// The size that one of the nodes has given to an application.
+fn size_in_use(one: &v1::VolumeInfo, two: &v1::VolumeInfo) -> u64 {
+    let of = |info: &v1::VolumeInfo| {
+        let never_used = info.uuid_current & !1 == crate::meta::UUID_JUST_CREATED;
+        if never_used { 0 } else { info.agreed_size_sectors }
+    };
+    of(one).max(of(two))
+}
+
+/// What both disks hold, and both configurations want.
+fn size_wanted(one: &v1::VolumeInfo, two: &v1::VolumeInfo) -> u64 {
+    let of = |info: &v1::VolumeInfo| match info.user_size_sectors {
+        0 => info.capacity_sectors,
+        user => info.capacity_sectors.min(user),
+    };
+    of(one).min(of(two))
 }
 
 fn side(info: &v1::VolumeInfo, tie: bool) -> Side {

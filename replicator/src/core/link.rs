@@ -191,6 +191,7 @@ impl Resource {
         self.fail_peer_legs();
         self.abort_receive();
         self.role_session_lost();
+        self.resize_session_lost();
         if retry {
             self.set_conn(ConnState::Unconnected);
             self.set_conn(ConnState::Connecting);

@@ -34,6 +34,8 @@ pub(super) enum MetaContext {
     AlInit(usize),
     /// Pages of the running bitmap job.
     Bitmap(usize),
+    /// A step of a resize that concerns the place.
+    Relocated(usize),
 }
 
 /// What goes on once a superblock generation is durable.
@@ -41,8 +43,10 @@ pub(super) enum MetaContext {
 pub(super) enum SuperblockThen {
     /// Completions may go (I2).
     OpenGate,
-    /// A step of the volume's attach or detach.
+    /// A step of the volume's attach, detach or resize.
     Disk,
+    /// The volume may be exported with its new size.
+    Export,
     /// A step of a role change.
     Role,
     /// The resync may start here: tell the target.
@@ -64,6 +68,8 @@ pub(super) enum BitmapThen {
     Nothing,
     /// The marks made for a diskless Primary are durable.
     BooksClosed,
+    /// The bits of an area that a handshake added are durable.
+    Grown,
     /// The activity-log transaction may be written.
     AlTransaction,
     /// A step of the volume's attach or detach.
@@ -126,9 +132,9 @@ impl Resource {
         set(flags::AL_DISABLED, !device.cfg.al_updates);
         set(flags::AL_CLEAN, device.md_clean);
         // During attach the flags found stay until the log was applied and made durable.
-        word |= self.attach_keeps_flags(volume);
+        word |= self.attach_keeps_flags(volume) | self.resize_keeps_flags(volume);
         Some(Superblock {
-            la_size: device.size,
+            la_size: device.recorded_size.unwrap_or(device.size),
             uuid: device.uuids.to_array(),
             flags: word,
             magic: if device.md_clean { MAGIC_CLEAN } else { MAGIC_UNCLEAN },
@@ -216,7 +222,8 @@ impl Resource {
         let (MetaContext::Superblock(volume, _)
         | MetaContext::AlTransaction(volume)
         | MetaContext::AlInit(volume)
-        | MetaContext::Bitmap(volume)) = context;
+        | MetaContext::Bitmap(volume)
+        | MetaContext::Relocated(volume)) = context;
         self.devices[volume].ios -= 1;
         if let Err(error) = result {
             self.devices[volume].md_writing = None;
@@ -233,6 +240,7 @@ impl Resource {
             MetaContext::AlTransaction(_) => self.on_al_written(volume),
             MetaContext::AlInit(_) => self.on_al_initialised(volume),
             MetaContext::Bitmap(_) => self.on_bitmap_written(volume),
+            MetaContext::Relocated(_) => self.resize_step_done(volume),
         }
     }
 
@@ -263,6 +271,7 @@ impl Resource {
         match then {
             SuperblockThen::OpenGate => self.open_uuid_gate(volume),
             SuperblockThen::Disk => self.disk_step_done(volume),
+            SuperblockThen::Export => self.update_export(volume),
             SuperblockThen::Role => self.role_step_done(),
             SuperblockThen::SourceStart => self.source_started(volume),
             SuperblockThen::TargetStart => self.target_started(volume),
@@ -402,6 +411,7 @@ impl Resource {
         match then {
             BitmapThen::Nothing => {}
             BitmapThen::BooksClosed => self.books_closed(volume),
+            BitmapThen::Grown => self.grown_at_handshake(volume),
             BitmapThen::AlTransaction => self.write_al_transaction(volume),
             BitmapThen::Disk => self.disk_step_done(volume),
             BitmapThen::Role => self.role_step_done(),
@@ -420,7 +430,7 @@ impl Resource {
         let device = &mut self.devices[volume];
         let Some(al) = device.al.as_mut() else { return true };
         // While somebody waits for a free slot, hot writes queue up behind, or he would starve (SEM §10).
-        if device.al_waiters.is_empty() && al.acquire(extents) {
+        if device.al_waiters.is_empty() && !device.al_hold && al.acquire(extents) {
             return true;
         }
         device.al_waiters.push_back(user);
@@ -437,7 +447,7 @@ impl Resource {
     /// Puts waiting requests into one transaction, as many as fit.
     pub(super) fn al_collect(&mut self, volume: usize) {
         loop {
-            if !matches!(self.devices[volume].al_step, AlStep::Idle) {
+            if !matches!(self.devices[volume].al_step, AlStep::Idle) || self.devices[volume].al_hold {
                 return;
             }
             let Some(user) = self.devices[volume].al_waiters.front().copied() else { break };

@@ -12,6 +12,7 @@
 //! | `metadata.rs` | what is written to the metadata area, in which order |
 //! | `attach.rs` | taking and leaving a backing disk, disk failure |
 //! | `link.rs` | the connection: up, alive, lost |
+//! | `resize.rs` | another size, metadata at another place |
 //! | `handshake.rs` | two nodes meet, exchange facts, act on what follows |
 //! | `uuid.rs`, `compare.rs`, `policy.rs` | what follows: identifiers, the table, policies and persons |
 //! | `explain.rs` | the same in words |
@@ -41,6 +42,7 @@ mod peer_request;
 pub mod policy;
 mod report;
 mod request;
+pub mod resize;
 mod resync;
 mod role;
 pub mod state;
@@ -200,6 +202,11 @@ impl Resource {
             Input::Opened(volume) => self.on_opened(volume, 1),
             Input::Closed(volume) => self.on_opened(volume, -1),
             Input::HandlerDone { token, exit_code } => self.on_handler_done(token, exit_code),
+            Input::Measured { volume, place } => {
+                if let Some(at) = self.device_index(volume) {
+                    self.on_measured(at, place);
+                }
+            }
             Input::Timeout => {
                 while let Some(timer) = self.timers.take_due(now) {
                     self.on_timer(timer);

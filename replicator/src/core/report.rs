@@ -3,9 +3,7 @@ use super::Resource;
 use super::attach::DiskProcedure;
 use super::config::WriteOrdering;
 use super::state::{ConnState, ReplState, Role};
-use super::status::{
-    ConnectionStatus, PastDecision, PeerVolumeStatus, ResourceStatus, ResyncStatus, VolumeStatus,
-};
+use super::status::{ConnectionStatus, PeerVolumeStatus, ResourceStatus, ResyncStatus, VolumeStatus};
 use crate::units::Time;
 
 impl Resource {
@@ -38,14 +36,6 @@ impl Resource {
                     .sum(),
                 peer_volumes: (0..self.devices.len()).map(|at| self.peer_volume_status(at, now)).collect(),
             },
-            node_name: self.cfg.node_name.clone(),
-            decisions: self
-                .decisions()
-                .map(|decision| PastDecision {
-                    ago_ms: now.ms_since(decision.at),
-                    decision: decision.clone(),
-                })
-                .collect(),
             waiting_for: self.waits(),
         }
     }
@@ -132,6 +122,9 @@ impl Resource {
                 }
                 Some(DiskProcedure::Detach { step, .. }) => {
                     waits.push(format!("volume {nr}: detach, step {step:?}, {} IO in flight", device.ios));
+                }
+                Some(DiskProcedure::Resize(resizing)) => {
+                    waits.push(format!("volume {nr}: resize, step {:?}", resizing.step));
                 }
                 Some(DiskProcedure::Failing { .. }) => {
                     waits.push(format!("volume {nr}: {} IO in flight on the failed disk", device.ios));

@@ -406,7 +406,14 @@ impl Resource {
         self.next_state_request += 1;
         let id = self.next_state_request;
         self.send(
-            Message::StateRequest(v1::StateRequest { id, kind: kind.into(), volume, uuid_current }),
+            Message::StateRequest(v1::StateRequest {
+                id,
+                kind: kind.into(),
+                volume,
+                uuid_current,
+                size_sectors: 0,
+                assume_clean: false,
+            }),
             Payload::None,
         );
         id
@@ -420,17 +427,22 @@ impl Resource {
     }
 
     pub(super) fn on_state_request(&mut self, request: &v1::StateRequest) {
+        let kind = request.kind();
+        if matches!(kind, Kind::ResizeAsk | Kind::ResizeCommit) {
+            return self.on_resize_request(request, kind);
+        }
         let answer = self.judge_state_request(request);
         let (result, text) = match &answer {
             Ok(()) => (1, String::new()),
             Err(refused) => (refused.number, refused.text.clone()),
         };
-        self.send(Message::StateReply(v1::StateReply { id: request.id, result, text }), Payload::None);
+        let answer_message = v1::StateReply { id: request.id, result, text, value: 0 };
+        self.send(Message::StateReply(answer_message), Payload::None);
         if answer.is_ok()
             && let Some(volume) = self.wire_device(request.volume)
         {
             match request.kind() {
-                Kind::Promote | Kind::Detach => {}
+                Kind::Promote | Kind::Detach | Kind::ResizeAsk | Kind::ResizeCommit => {}
                 Kind::StartFullSyncAsTarget => self.begin_resync(volume, true, true, DiskState::Inconsistent),
                 Kind::StartFullSyncAsSource => self.begin_resync(volume, false, true, DiskState::UpToDate),
                 Kind::SkipInitialSync => self.skip_initial_sync(volume, request.uuid_current),
@@ -490,6 +502,8 @@ impl Resource {
             }
             Kind::Promote
             | Kind::Detach
+            | Kind::ResizeAsk
+            | Kind::ResizeCommit
             | Kind::StartFullSyncAsTarget
             | Kind::StartFullSyncAsSource
             | Kind::SkipInitialSync => Ok(()),
@@ -497,6 +511,9 @@ impl Resource {
     }
 
     pub(super) fn on_state_reply(&mut self, reply: &v1::StateReply) {
+        if self.on_resize_reply(reply) {
+            return;
+        }
         let refused = (reply.result < 1).then(|| {
             refusal(
                 reply.result,
@@ -533,7 +550,7 @@ impl Resource {
             Kind::StartFullSyncAsTarget => self.role != Role::Primary && self.role_change.is_none(),
             Kind::StartFullSyncAsSource => device.disk == DiskState::UpToDate,
             Kind::SkipInitialSync => device.uuids.current & !1 == UUID_JUST_CREATED,
-            Kind::Promote | Kind::Detach => true,
+            Kind::Promote | Kind::Detach | Kind::ResizeAsk | Kind::ResizeCommit => true,
         };
         let ready = device.writable()
             && device.repl == ReplState::Established
@@ -555,7 +572,7 @@ impl Resource {
                 self.begin_resync(asked.volume, true, true, DiskState::Inconsistent);
             }
             Kind::SkipInitialSync => self.skip_initial_sync(asked.volume, asked.uuid),
-            Kind::Promote | Kind::Detach => {}
+            Kind::Promote | Kind::Detach | Kind::ResizeAsk | Kind::ResizeCommit => {}
         }
         self.reply(asked.reply, Ok(()));
     }

@@ -24,11 +24,11 @@ impl Resource {
             | AdminCommand::Invalidate(_)
             | AdminCommand::InvalidateRemote(_)
             | AdminCommand::Outdate(_)
-            | AdminCommand::NewCurrentUuid { .. } => true,
+            | AdminCommand::NewCurrentUuid { .. }
+            | AdminCommand::Resize { .. } => true,
         };
-        let role = matches!(command, AdminCommand::Primary { .. } | AdminCommand::Secondary);
-        // Facts announced in a handshake, or with a disk that was attached, must hold until it is decided.
-        if waits && (self.handshake_running() || (role && self.disk_negotiates())) {
+        // Facts announced in a handshake must hold until it is decided.
+        if waits && self.handshake_running() {
             self.parked.push_back((id, command));
             return;
         }
@@ -37,17 +37,12 @@ impl Resource {
 
     /// Verbs that waited for the end of a handshake.
     pub(super) fn run_parked(&mut self) {
-        while !self.handshake_running()
-            && !self.disk_negotiates()
-            && let Some((id, command)) = self.parked.pop_front()
-        {
+        if self.handshake_running() {
+            return;
+        }
+        while let Some((id, command)) = self.parked.pop_front() {
             self.run_command(id, command);
         }
-    }
-
-    /// The peer was told of an attached disk and has not answered.
-    fn disk_negotiates(&self) -> bool {
-        self.conn == ConnState::Connected && self.devices.iter().any(|device| device.negotiating)
     }
 
     fn run_command(&mut self, id: AdminId, command: AdminCommand) {
@@ -78,6 +73,9 @@ impl Resource {
             }
             AdminCommand::NewCurrentUuid { volume, clear_bitmap } => {
                 self.on_volume(reply, volume, |core, at| core.new_current_uuid(id, at, clear_bitmap));
+            }
+            AdminCommand::Resize { volume, options } => {
+                self.on_volume(reply, volume, |core, at| core.resize(reply, at, options));
             }
             AdminCommand::Down => self.start_down(id),
         }

@@ -534,8 +534,6 @@ mod tests {
                 rs_in_flight_sectors: 0,
                 peer_volumes: vec![],
             },
-            node_name: "alice".into(),
-            decisions: Vec::new(),
             waiting_for: vec![],
         }
     }

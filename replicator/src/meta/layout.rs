@@ -3,7 +3,7 @@
 //! Everything is derived from the size of the devices and the activity-log geometry. What the
 //! superblock says about positions is compared with this, never trusted in its place; the one
 //! exception is the length of a flexible area, which may be shorter than a device that grew.
-use crate::meta::{BITMAP_PAGE_BITS, BITMAP_PAGE_BYTES, MetaError};
+use crate::meta::{BITMAP_PAGE_BITS, BITMAP_PAGE_BYTES, MetaError, MetaPlace};
 use crate::units::{SECTOR_BYTES, SECTORS_PER_BIT, SectorCount};
 
 /// Bytes of a block as the layout counts them.
@@ -211,6 +211,26 @@ impl Layout {
             self.al_stripes,
             self.al_stripe_size_4k,
         )
+    }
+
+    /// This layout as the place for metadata that lies where `now` says.
+    #[must_use]
+    pub const fn place_for(&self, now: &Self) -> MetaPlace {
+        MetaPlace {
+            capacity: self.capacity,
+            md_size_sect: self.md_size_sect,
+            al_offset: self.al_offset,
+            bm_offset: self.bm_offset,
+            moves: self.superblock_byte != now.superblock_byte,
+        }
+    }
+
+    /// The position of the superblock of `before`, when metadata moved from there to here and nothing
+    /// of it was written over that superblock.
+    #[must_use]
+    pub fn left_behind(&self, before: &Self) -> Option<u64> {
+        let place = before.superblock_byte;
+        (place != self.superblock_byte && !self.area().contains(&place)).then_some(place)
     }
 
     /// Which placement.

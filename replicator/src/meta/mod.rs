@@ -104,6 +104,21 @@ pub struct Superblock {
     pub al_stripe_size_4k: u32,
 }
 
+/// Where metadata belongs on devices of the size they have now, in the terms of the superblock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MetaPlace {
+    /// Usable sectors.
+    pub capacity: SectorCount,
+    /// As in the superblock.
+    pub md_size_sect: u32,
+    /// As in the superblock.
+    pub al_offset: i32,
+    /// As in the superblock.
+    pub bm_offset: i32,
+    /// The superblock is at another position now: metadata has to be moved.
+    pub moves: bool,
+}
+
 /// One block of the activity log (DISK §7.1), before encoding.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AlTransaction {

@@ -151,6 +151,32 @@ impl Superblock {
     }
 }
 
+/// Finds the metadata of a device: where it belongs on a device of this size, else where it belonged
+/// when the device had `known_bytes`, its size when it was last attached. (Internal metadata does not
+/// move by itself when the device grows.) The layout is that of the size it was found for.
+///
+/// # Errors
+/// As [`Superblock::decode`] and [`Superblock::validate`] for the present size; those of `read`.
+pub fn locate<E: From<MetaError>>(
+    kind: MetaKind,
+    (data_dev_bytes, meta_dev_bytes): (u64, u64),
+    known_bytes: Option<u64>,
+    mut read: impl FnMut(u64) -> Result<Block, E>,
+) -> Result<(Superblock, Layout), E> {
+    let mut at = |data_bytes: u64, meta_bytes: u64| -> Result<(Superblock, Layout), E> {
+        let holder = if kind == MetaKind::Internal { data_bytes } else { meta_bytes };
+        let position = kind.superblock_position(holder)?;
+        let superblock = Superblock::decode(&read(position)?, position)?;
+        let layout = superblock.validate(kind, data_bytes, meta_bytes)?;
+        Ok((superblock, layout))
+    };
+    let found = at(data_dev_bytes, meta_dev_bytes);
+    match known_bytes.filter(|known| kind == MetaKind::Internal && *known < data_dev_bytes) {
+        Some(known) if found.is_err() => at(known, meta_dev_bytes).or(found),
+        _ => found,
+    }
+}
+
 fn equal<T: Copy + PartialEq + Into<i64>>(
     field: &'static str,
     expected: T,

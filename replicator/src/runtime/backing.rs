@@ -9,6 +9,7 @@
 pub mod area;
 pub mod create;
 pub mod device;
+pub mod grown;
 mod io;
 
 use crate::meta::al_ring::{self, AlDamage};
@@ -17,6 +18,7 @@ use crate::meta::{
 };
 use crate::units::{SECTORS_PER_AL_EXTENT, SectorCount};
 use device::{Access, Device, DeviceError};
+use grown::KnownSize;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use thiserror::Error;
@@ -74,6 +76,9 @@ pub enum AttachError {
         /// What is wrong.
         source: MetaError,
     },
+    /// The metadata of a device that grew cannot be moved to its new end.
+    #[error("cannot move the metadata to the new end of the device: {0}")]
+    Move(#[source] area::AreaError),
     /// The activity log needs another tool.
     #[error("{}: {source}", .path.display())]
     ForeignLog {
@@ -95,7 +100,7 @@ impl AttachError {
             Self::Meta(DeviceError::NotADisk { .. }) => 108,
             Self::Data(DeviceError::InUse { .. }) => 114,
             Self::Meta(DeviceError::InUse { .. }) | Self::SameDevice(_) => 115,
-            Self::Data(DeviceError::Io { .. }) | Self::Meta(DeviceError::Io { .. }) => 118,
+            Self::Data(DeviceError::Io { .. }) | Self::Meta(DeviceError::Io { .. }) | Self::Move(_) => 118,
             Self::Invalid { source: MetaError::TooSmall { .. }, .. } => 112,
             Self::Invalid { .. } => 119,
             Self::ForeignLog { .. } => 165,
@@ -110,6 +115,7 @@ pub struct Backing {
     meta: Option<Device>,
     layout: Layout,
     notes: Vec<String>,
+    known: Option<KnownSize>,
 }
 
 impl Backing {
@@ -120,7 +126,31 @@ impl Backing {
     /// # Errors
     /// See [`AttachError`].
     pub fn open(data: &Path, meta: &MetaDisk) -> Result<(Self, Attached), AttachError> {
-        let data_device = Device::open(data, Access::Exclusive).map_err(AttachError::Data)?;
+        Self::open_known(data, meta, None)
+    }
+
+    /// The same for a device whose size was noted down: internal metadata is moved to its end first when
+    /// it grew since.
+    ///
+    /// # Errors
+    /// See [`AttachError`].
+    pub fn open_known(
+        data: &Path,
+        meta: &MetaDisk,
+        known: Option<KnownSize>,
+    ) -> Result<(Self, Attached), AttachError> {
+        let mut data_device = Device::open(data, Access::Exclusive).map_err(AttachError::Data)?;
+        let known = known.filter(|_| *meta == MetaDisk::Internal);
+        let before = known.as_ref().and_then(KnownSize::read).filter(|bytes| *bytes < data_device.bytes);
+        let mut moved = None;
+        if let Some(bytes) = before
+            && !grown::is_at(&data_device, data_device.bytes)
+            && grown::is_at(&data_device, bytes)
+        {
+            let (device, note) = grown::move_to_end(data_device, bytes).map_err(AttachError::Move)?;
+            data_device = device;
+            moved = Some(note);
+        }
         let meta_access = if matches!(meta, MetaDisk::Indexed(..)) {
             Access::ExclusiveInProcess
         } else {
@@ -136,6 +166,7 @@ impl Backing {
             }
         };
         let mut notes: Vec<String> = Vec::new();
+        notes.extend(moved);
         notes.extend(data_device.note.clone());
         notes.extend(meta_device.as_ref().and_then(|device| device.note.clone()));
 
@@ -183,7 +214,15 @@ impl Backing {
             discard: data_device.can_discard,
             logical_block_bytes: data_device.logical_block_bytes,
         };
-        Ok((Self { data: data_device, meta: meta_device, layout, notes }, attached))
+        if let Some(known) = &known {
+            known.write(data_device.bytes);
+        }
+        Ok((Self { data: data_device, meta: meta_device, layout, notes, known }, attached))
+    }
+
+    /// Where the size of the data device is noted down.
+    pub(super) const fn take_known(&mut self) -> Option<KnownSize> {
+        self.known.take()
     }
 
     fn holder(&self) -> &Device {

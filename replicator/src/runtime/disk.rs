@@ -8,15 +8,16 @@
 //! one `fdatasync`); a failed flush is an error and is never tried again; a discarded or zeroed range reads as zeroes,
 //! by the best of punching a hole, zeroing a range, and writing zeroes.
 use super::backing::Backing;
+use super::backing::grown::KnownSize;
 use super::buffers::{Account, BufferPool, BufferRef, MAX_BUFFER_BYTES};
 use super::ring::{FileSpan, Ring};
 use crate::core::event::{DiskIo, DiskOk, DiskOp, IoError, IoId, MetaId, MetaWrite};
-use crate::meta::{BLOCK_BYTES, Layout, al_ring};
+use crate::meta::{BLOCK_BYTES, Layout, MetaPlace, al_ring};
 use crate::units::VolumeNr;
 use nix::errno::Errno;
 use nix::libc;
 use nix::sys::statfs::{FsType, TMPFS_MAGIC, fstatfs};
-use std::cell::{Cell, OnceCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
 
@@ -35,7 +36,13 @@ pub(super) struct Disk {
     volume: VolumeNr,
     data: Rc<OwnedFd>,
     meta: Rc<OwnedFd>,
-    layout: Layout,
+    layout: RefCell<Layout>,
+    /// Where metadata belongs on the devices as they are now.
+    measured: RefCell<Option<Layout>>,
+    /// A superblock that was left behind.
+    left_behind: Cell<Option<u64>>,
+    /// Where the size of the data device is noted down.
+    known: Option<KnownSize>,
     data_inline: bool,
     meta_inline: bool,
     /// What the disk has not refused yet.
@@ -47,7 +54,8 @@ pub(super) struct Disk {
 
 impl Disk {
     /// Takes over an opened backing disk.
-    pub(super) fn new(volume: VolumeNr, backing: Backing) -> Self {
+    pub(super) fn new(volume: VolumeNr, mut backing: Backing) -> Self {
+        let known = backing.take_known();
         let (data, meta, layout) = backing.into_parts();
         let data = Rc::new(data);
         let meta = meta.map_or_else(|| Rc::clone(&data), Rc::new);
@@ -57,7 +65,10 @@ impl Disk {
             meta_inline: is_in_memory(meta.as_fd()),
             data,
             meta,
-            layout,
+            layout: RefCell::new(layout),
+            measured: RefCell::new(None),
+            left_behind: Cell::new(None),
+            known,
             can_punch: Cell::new(true),
             can_zero: Cell::new(true),
             zeroes: OnceCell::new(),
@@ -67,6 +78,37 @@ impl Disk {
     /// The data descriptor.
     pub(super) fn data_fd(&self) -> BorrowedFd<'_> {
         self.data.as_fd()
+    }
+
+    /// Looks at the size of the devices; `None` when they do not say, or are too small for metadata.
+    pub(super) fn measure(&self) -> Option<MetaPlace> {
+        let bytes = |fd: BorrowedFd<'_>| {
+            let end = nix::unistd::lseek(fd, 0, nix::unistd::Whence::SeekEnd).ok()?;
+            u64::try_from(end).ok()
+        };
+        let now = self.layout.borrow();
+        let (data, meta) = (bytes(self.data.as_fd())?, bytes(self.meta.as_fd())?);
+        let (stripes, blocks) = (now.al_stripes(), now.al_stripe_size_4k());
+        let layout = Layout::for_device(now.kind(), data, meta, stripes, blocks).ok()?;
+        let place = layout.place_for(&now);
+        self.measured.replace(Some(layout));
+        Some(place)
+    }
+
+    /// The metadata is where it belongs on a device of this size.
+    fn note_size(&self) {
+        let end = nix::unistd::lseek(self.data.as_fd(), 0, nix::unistd::Whence::SeekEnd).ok();
+        if let (Some(known), Some(bytes)) = (&self.known, end.and_then(|end| u64::try_from(end).ok())) {
+            known.write(bytes);
+        }
+    }
+
+    /// From now on metadata goes where it was measured to belong.
+    fn relocate(&self) {
+        if let Some(layout) = self.measured.take() {
+            let before = self.layout.replace(layout);
+            self.left_behind.set(self.layout.borrow().left_behind(&before));
+        }
     }
 
     fn zeroes(&self, pool: &BufferPool) -> Option<BufferRef> {
@@ -469,18 +511,19 @@ impl Disk {
             buffer.copy_in(0, bytes);
             Some(MetaPiece { buffer, offset, done: 0 })
         };
+        let layout = self.layout.borrow();
         match write {
             MetaWrite::Superblock(superblock) => {
-                Some(vec![block(&superblock.encode(), self.layout.superblock_byte())?])
+                Some(vec![block(&superblock.encode(), layout.superblock_byte())?])
             }
             MetaWrite::AlTransaction(transaction) => {
-                Some(vec![block(&transaction.encode().ok()?, self.layout.al_block_byte(transaction.number))?])
+                Some(vec![block(&transaction.encode().ok()?, layout.al_block_byte(transaction.number))?])
             }
             MetaWrite::AlInit => {
-                let blocks = self.layout.al_blocks();
+                let blocks = layout.al_blocks();
                 let bytes = al_ring::initialised_block();
                 (0..blocks)
-                    .map(|index| block(&bytes, self.layout.al_byte() + u64::from(index) * BLOCK_BYTES as u64))
+                    .map(|index| block(&bytes, layout.al_byte() + u64::from(index) * BLOCK_BYTES as u64))
                     .collect()
             }
             MetaWrite::Bitmap(pages) => {
@@ -488,8 +531,8 @@ impl Disk {
                 let mut run = Vec::new();
                 let mut run_start = 0;
                 for page in pages {
-                    let offset = self.layout.bitmap_page_byte(page.index);
-                    let len = self.layout.bitmap_page_len(page.index);
+                    let offset = layout.bitmap_page_byte(page.index);
+                    let len = layout.bitmap_page_len(page.index);
                     let joins = run_start + run.len() as u64 == offset && run.len() + len <= MAX_BUFFER_BYTES;
                     if !run.is_empty() && !joins {
                         pieces.push(block(&run, run_start)?);
@@ -504,6 +547,18 @@ impl Disk {
                     pieces.push(block(&run, run_start)?);
                 }
                 Some(pieces)
+            }
+            MetaWrite::Relocate => {
+                drop(layout);
+                self.relocate();
+                Some(Vec::new())
+            }
+            MetaWrite::ForgetOldPlace => {
+                self.note_size();
+                match self.left_behind.take() {
+                    Some(place) => Some(vec![block(&[0; BLOCK_BYTES], place)?]),
+                    None => Some(Vec::new()),
+                }
             }
         }
     }
@@ -675,15 +730,15 @@ mod tests {
         assert!(bench.read(0, 8).0 == vec![5; 4096]);
         assert!(bench.read(8, 2040).1);
 
-        let layout = bench.disk.layout.clone();
+        let layout = bench.disk.layout.borrow().clone();
         let mut superblock = Superblock::created(&layout);
         superblock.uuid[0] = 0x1234_5678;
         bench.meta(&MetaWrite::Superblock(Box::new(superblock.clone())));
         let page = |index: u32| BitmapPage { index, words: Box::new([u64::from(index) + 1; 512]) };
         bench.meta(&MetaWrite::Bitmap(vec![page(0)]));
         bench.meta(&MetaWrite::AlInit);
-        drop(bench);
-        let file = File::open(&path).unwrap();
+        let file = File::options().read(true).write(true).open(&path).unwrap();
+        assert_eq!(bench.disk.measure().map(|place| place.moves), Some(false));
         let mut block = [0; BLOCK_BYTES];
         file.read_exact_at(&mut block, layout.superblock_byte()).unwrap();
         assert_eq!(Superblock::decode(&block, layout.superblock_byte()).unwrap(), superblock);
@@ -691,6 +746,20 @@ mod tests {
         assert_eq!(block, page(0).to_bytes());
         file.read_exact_at(&mut block, layout.al_byte() + 7 * BLOCK_BYTES as u64).unwrap();
         assert_eq!(block, al_ring::initialised_block());
+
+        // The device grows: its metadata belongs elsewhere, and is written there when told.
+        file.set_len(24 << 20).unwrap();
+        let place = bench.disk.measure().unwrap();
+        assert!(place.moves && place.capacity > layout.capacity());
+        bench.meta(&MetaWrite::Relocate);
+        let moved = bench.disk.layout.borrow().clone();
+        bench.meta(&MetaWrite::Superblock(Box::new(superblock.clone())));
+        file.read_exact_at(&mut block, moved.superblock_byte()).unwrap();
+        assert_eq!(Superblock::decode(&block, moved.superblock_byte()).unwrap(), superblock);
+        bench.meta(&MetaWrite::ForgetOldPlace);
+        file.read_exact_at(&mut block, layout.superblock_byte()).unwrap();
+        assert_eq!(block, [0; BLOCK_BYTES]);
+        drop(bench);
     }
 
     #[test]

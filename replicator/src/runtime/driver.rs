@@ -567,6 +567,10 @@ impl Driver {
             }
             // Jobs under way keep it open until they are done.
             Output::DiskReleased(volume) => drop(self.disks.remove(&volume)),
+            Output::Measure(volume) => {
+                let place = self.disks.get(&volume).and_then(|disk| disk.measure());
+                self.core.handle(self.now, Input::Measured { volume, place });
+            }
             Output::RunHandler { token, name, volume } => self.run_handler(token, name, volume),
         }
     }

@@ -4,7 +4,7 @@
 use super::Rng;
 use lockstep_replicator::core::event::MetaWrite;
 use lockstep_replicator::meta::{
-    AlTransaction, Attached, BITMAP_PAGE_BITS, BITMAP_PAGE_BYTES, MAGIC_UNCLEAN, Superblock,
+    AlTransaction, Attached, BITMAP_PAGE_BITS, BITMAP_PAGE_BYTES, MAGIC_UNCLEAN, MetaPlace, Superblock,
     UUID_JUST_CREATED,
 };
 use lockstep_replicator::units::{BlockRange, SectorCount};
@@ -59,6 +59,13 @@ impl Disk {
     #[must_use]
     pub fn sectors(&self) -> &[u32] {
         &self.now
+    }
+
+    /// The device has this size from now on; new sectors hold zeroes.
+    pub fn grow(&mut self, sectors: u64) {
+        self.now.resize(at(sectors), 0);
+        self.stable.resize(at(sectors), 0);
+        self.stable_seq.resize(at(sectors), 0);
     }
 
     /// Sectors of a range as a read sees them.
@@ -137,6 +144,8 @@ pub struct MetaArea {
     ring: Vec<Option<AlTransaction>>,
     bitmap: Vec<u64>,
     capacity: u64,
+    /// In its real bytes, on devices that can grow.
+    pub real: Option<super::real_area::RealArea>,
 }
 
 impl MetaArea {
@@ -162,17 +171,22 @@ impl MetaArea {
             ring: vec![None; RING],
             bitmap: vec![u64::MAX; pages * WORDS_PER_PAGE],
             capacity: sectors,
+            real: None,
         }
     }
 
     /// A write is durable.
     pub fn apply(&mut self, write: &MetaWrite) {
+        if let Some(area) = &mut self.real {
+            return area.apply(write);
+        }
         match write {
             MetaWrite::Superblock(superblock) => self.superblock = (**superblock).clone(),
             MetaWrite::AlTransaction(transaction) => {
                 self.ring[transaction.number as usize % RING] = Some((**transaction).clone());
             }
             MetaWrite::AlInit => self.ring.fill(None),
+            MetaWrite::Relocate | MetaWrite::ForgetOldPlace => {}
             MetaWrite::Bitmap(pages) => {
                 for page in pages {
                     let first = page.index as usize * WORDS_PER_PAGE;
@@ -184,7 +198,11 @@ impl MetaArea {
 
     /// The node stopped while this was being written: old or new, per block.
     pub fn maybe_apply(&mut self, write: &MetaWrite, rng: &mut Rng) {
+        if let Some(area) = &mut self.real {
+            return area.maybe_apply(write, rng);
+        }
         match write {
+            MetaWrite::Relocate | MetaWrite::ForgetOldPlace => {}
             MetaWrite::Superblock(_) | MetaWrite::AlTransaction(_) => {
                 if rng.percent(50) {
                     self.apply(write);
@@ -207,6 +225,11 @@ impl MetaArea {
         }
     }
 
+    /// What the devices hold now.
+    pub fn measure(&mut self) -> Option<MetaPlace> {
+        self.real.as_mut().and_then(super::real_area::RealArea::measure)
+    }
+
     /// Bits set on disk.
     #[must_use]
     pub fn bits(&self) -> u64 {
@@ -214,8 +237,10 @@ impl MetaArea {
     }
 
     /// What an attach reads (DISK 7.7).
-    #[must_use]
-    pub fn attach(&self) -> Attached {
+    pub fn attach(&mut self) -> Attached {
+        if let Some(area) = &mut self.real {
+            return area.attach();
+        }
         let mut blocks: Vec<&AlTransaction> = self.ring.iter().flatten().collect();
         blocks.sort_by_key(|block| block.number);
         let mut table = vec![u32::MAX; 65_534];

@@ -5,6 +5,7 @@
 //! | `world.rs` | event heap, virtual clock, network, what the cores ask for |
 //! | `node.rs` | one node: core, buffers, crash and restart |
 //! | `disk.rs` | backing disk with a volatile cache, metadata area, replay |
+//! | `real_area.rs` | metadata in its real bytes, on devices that grow |
 //! | `workload.rs` | the application and the operator of a random run |
 //! | `checkers.rs` | what must be true, from the simulated disks |
 //!
@@ -16,6 +17,7 @@
 pub mod checkers;
 pub mod disk;
 pub mod node;
+pub mod real_area;
 pub mod workload;
 pub mod world;
 

@@ -73,6 +73,8 @@ pub struct Node {
     pub metas_total: u64,
     /// Exported now.
     pub exported: bool,
+    /// Sectors exported.
+    pub export_size: u64,
     /// Lost power and has not taken part since.
     pub lost_power: bool,
 }
@@ -102,6 +104,7 @@ impl Node {
             fail_flushes: 0,
             metas_total: 0,
             exported: false,
+            export_size: 0,
             lost_power: false,
         }
     }

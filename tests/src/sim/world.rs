@@ -763,7 +763,10 @@ impl World {
                 }
                 self.nodes[node].answers.insert(id.0, result);
             }
-            Output::Export { size, .. } => self.nodes[node].exported = size.is_some(),
+            Output::Export { size, .. } => {
+                self.nodes[node].exported = size.is_some();
+                self.nodes[node].export_size = size.map_or(0, |size| size.0);
+            }
             Output::RunHandler { token, name, .. } => {
                 self.trace(|| format!("n{node} runs handler {}", name.name()));
                 self.handler_runs.push((self.now, node, name));
@@ -772,6 +775,10 @@ impl World {
                 if let Some(code) = answer {
                     self.schedule(self.now + MS, Ev::Handler { node, life, token, code });
                 }
+            }
+            Output::Measure(volume) => {
+                let place = self.nodes[node].disk.meta.measure();
+                self.feed(node, Input::Measured { volume, place });
             }
             Output::DiskReleased(_) => {
                 if !self.nodes[node].ios.is_empty() || !self.nodes[node].metas.is_empty() {
@@ -870,6 +877,8 @@ fn meta_text(write: &lockstep_replicator::core::event::MetaWrite) -> String {
         MetaWrite::Superblock(sb) => format!("superblock uuid {:x?} flags {:x}", sb.uuid, sb.flags),
         MetaWrite::AlTransaction(t) => format!("al {:?}", t.updates),
         MetaWrite::AlInit => "al init".into(),
+        MetaWrite::Relocate => "relocate".into(),
+        MetaWrite::ForgetOldPlace => "forget the old place".into(),
         MetaWrite::Bitmap(pages) => format!("{} bitmap pages", pages.len()),
     }
 }

@@ -71,6 +71,11 @@ impl Area {
         Ok(Self { device, layout, superblock })
     }
 
+    /// Device, layout and superblock.
+    pub(super) fn into_parts(self) -> (Device, Layout, Superblock) {
+        (self.device, self.layout, self.superblock)
+    }
+
     /// Where the pieces lie. The capacity is that of the area when the metadata is external.
     #[must_use]
     pub const fn layout(&self) -> &Layout {

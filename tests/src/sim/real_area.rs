@@ -1,0 +1,180 @@
+//! A metadata area in its real bytes at its real place, on a device that can grow: for what happens when
+//! metadata has to move. Found again by the very code that a daemon runs.
+//!
+//! A write that is cut leaves each 4 KiB block old or new; a superblock, whose content stands in its first
+//! 512 bytes, is not torn. The blocks of a log are initialised in their order.
+use super::Rng;
+use lockstep_replicator::core::event::MetaWrite;
+use lockstep_replicator::meta::superblock::locate;
+use lockstep_replicator::meta::{
+    Attached, BLOCK_BYTES, Block, Layout, MetaError, MetaKind, MetaPlace, Superblock, al_ring,
+};
+use lockstep_replicator::units::SectorCount;
+use std::collections::BTreeMap;
+
+/// See the module.
+#[derive(Clone, Debug)]
+pub struct RealArea {
+    kind: MetaKind,
+    data_bytes: u64,
+    meta_bytes: u64,
+    /// Size of the data device when it was last attached.
+    known_bytes: u64,
+    /// By byte position; what was never written reads as ones, so that nobody mistakes it for clean.
+    blocks: BTreeMap<u64, Block>,
+    layout: Layout,
+    measured: Option<Layout>,
+    left_behind: Option<u64>,
+}
+
+impl RealArea {
+    /// Fresh metadata on devices of these sizes.
+    ///
+    /// # Panics
+    /// They cannot carry metadata.
+    #[must_use]
+    pub fn new(kind: MetaKind, data_bytes: u64, meta_bytes: u64) -> Self {
+        let layout = Layout::for_device(kind, data_bytes, meta_bytes, 1, 8);
+        let layout = layout.expect("devices large enough for metadata");
+        let mut area = Self {
+            kind,
+            data_bytes,
+            meta_bytes,
+            known_bytes: data_bytes,
+            blocks: BTreeMap::new(),
+            measured: None,
+            left_behind: None,
+            layout,
+        };
+        area.apply(&MetaWrite::AlInit);
+        area.apply(&MetaWrite::Superblock(Box::new(Superblock::created(&area.layout))));
+        area
+    }
+
+    /// The devices have these sizes from now on.
+    pub const fn grow(&mut self, data_bytes: u64, meta_bytes: u64) {
+        self.data_bytes = data_bytes;
+        self.meta_bytes = meta_bytes;
+    }
+
+    /// Usable sectors at the place where the metadata is now.
+    #[must_use]
+    pub const fn capacity(&self) -> SectorCount {
+        self.layout.capacity()
+    }
+
+    /// What the devices hold now.
+    pub fn measure(&mut self) -> Option<MetaPlace> {
+        let layout = Layout::for_device(self.kind, self.data_bytes, self.meta_bytes, 1, 8).ok()?;
+        let place = layout.place_for(&self.layout);
+        self.measured = Some(layout);
+        Some(place)
+    }
+
+    fn pieces(&self, write: &MetaWrite) -> Vec<(u64, Block)> {
+        let whole = |bytes: &[u8]| {
+            let mut block = [0; BLOCK_BYTES];
+            block[..bytes.len()].copy_from_slice(bytes);
+            block
+        };
+        match write {
+            MetaWrite::Superblock(superblock) => {
+                vec![(self.layout.superblock_byte(), superblock.encode())]
+            }
+            MetaWrite::AlTransaction(transaction) => {
+                let block = transaction.encode().expect("the core writes transactions that fit");
+                vec![(self.layout.al_block_byte(transaction.number), block)]
+            }
+            MetaWrite::AlInit => (0..self.layout.al_blocks())
+                .map(|number| (self.layout.al_block_byte(number), al_ring::initialised_block()))
+                .collect(),
+            MetaWrite::Bitmap(pages) => pages
+                .iter()
+                .map(|page| {
+                    let len = self.layout.bitmap_page_len(page.index);
+                    assert!(len > 0, "bitmap page {} lies outside the area", page.index);
+                    (self.layout.bitmap_page_byte(page.index), whole(&page.to_bytes()[..len]))
+                })
+                .collect(),
+            MetaWrite::Relocate => Vec::new(),
+            MetaWrite::ForgetOldPlace => {
+                self.left_behind.map(|place| (place, [0; BLOCK_BYTES])).into_iter().collect()
+            }
+        }
+    }
+
+    fn moves(&mut self, write: &MetaWrite) {
+        match write {
+            MetaWrite::Relocate => {
+                if let Some(layout) = self.measured.take() {
+                    self.left_behind = layout.left_behind(&self.layout);
+                    self.layout = layout;
+                }
+            }
+            MetaWrite::ForgetOldPlace => self.known_bytes = self.data_bytes,
+            MetaWrite::Superblock(_)
+            | MetaWrite::AlTransaction(_)
+            | MetaWrite::AlInit
+            | MetaWrite::Bitmap(_) => {}
+        }
+    }
+
+    /// A write is durable.
+    pub fn apply(&mut self, write: &MetaWrite) {
+        self.blocks.extend(self.pieces(write));
+        self.moves(write);
+    }
+
+    /// The node stopped while this was being written.
+    pub fn maybe_apply(&mut self, write: &MetaWrite, rng: &mut Rng) {
+        let keep = [0, 50, 100][usize::try_from(rng.below(3)).unwrap_or(0)];
+        for (place, block) in self.pieces(write) {
+            if rng.percent(keep) {
+                self.blocks.insert(place, block);
+            }
+        }
+    }
+
+    fn block(&self, place: u64) -> Block {
+        self.blocks.get(&place).copied().unwrap_or([0xff; BLOCK_BYTES])
+    }
+
+    /// What an attach reads, with the code that a daemon runs; the area goes on from there.
+    ///
+    /// # Panics
+    /// There is no valid metadata: the promise that a resize keeps it is broken.
+    pub fn attach(&mut self) -> Attached {
+        let sizes = (self.data_bytes, self.meta_bytes);
+        let read = |place| Ok::<_, MetaError>(self.block(place));
+        let found = locate(self.kind, sizes, Some(self.known_bytes), read);
+        let (superblock, layout) = found.expect("metadata at the new place or at the old one");
+        let present = Layout::for_device(self.kind, self.data_bytes, self.meta_bytes, 1, 8);
+        if present.is_ok_and(|present| present.superblock_byte() == layout.superblock_byte()) {
+            self.known_bytes = self.data_bytes;
+        }
+        let mut log = Vec::new();
+        for block in 0..u64::from(layout.al_blocks()) {
+            log.extend_from_slice(&self.block(layout.al_byte() + block * BLOCK_BYTES as u64));
+        }
+        let replayed = if superblock.is_clean() { Ok(Vec::new()) } else { al_ring::replay(&log, &layout) };
+        let mut words = Vec::new();
+        for page in 0..layout.bitmap_bytes().div_ceil(BLOCK_BYTES as u64) {
+            let block = self.block(layout.bitmap_byte() + page * BLOCK_BYTES as u64);
+            let chunks = block.chunks_exact(8);
+            words.extend(chunks.map(|word| u64::from_le_bytes(word.try_into().unwrap_or([0xff; 8]))));
+        }
+        let attached = Attached {
+            al_unusable: replayed.is_err(),
+            hot_extents: replayed.unwrap_or_default(),
+            bitmap: words,
+            capacity: layout.capacity(),
+            discard: true,
+            logical_block_bytes: 512,
+            superblock,
+        };
+        self.layout = layout;
+        self.measured = None;
+        self.left_behind = None;
+        attached
+    }
+}
