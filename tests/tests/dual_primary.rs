@@ -202,7 +202,7 @@ fn hit(world: &mut World, fault: Fault) {
     assert_eq!(world.broken, None);
     // What was acknowledged before stands, on both.
     let now = world.now;
-    assert_eq!(before.wrong(0, world.nodes[0].disk.sectors(), now), None);
+    assert_eq!(before.wrong(0, 0, 0, world.nodes[0].disks[0].sectors(), now), None);
 }
 
 /// Both went on alone: both know it, and nothing is thrown away before somebody says whose data goes.

@@ -49,7 +49,7 @@ fn pair(seed: u64, devices: Devices) -> World {
     options.sectors = devices.after();
     let mut world = World::new(options);
     for node in &mut world.nodes {
-        node.disk.meta.real = Some(RealArea::new(devices.kind, devices.old.0, devices.old.1));
+        node.disks[0].meta.real = Some(RealArea::new(devices.kind, devices.old.0, devices.old.1));
     }
     world.start(0);
     world.start(1);
@@ -70,14 +70,14 @@ fn grow_devices(world: &mut World, devices: Devices) {
     if tail > 0 {
         let range = BlockRange::new(Sector(devices.before()), SectorCount(tail)).expect("not empty");
         let rubbish = vec![u32::MAX; usize::try_from(tail).expect("a small disk")];
-        world.nodes[1].disk.write(range, rubbish, true);
+        world.nodes[1].disks[0].write(range, rubbish, true, 0);
     }
     grow_devices_clean(world, devices);
 }
 
 fn grow_devices_clean(world: &mut World, devices: Devices) {
     for node in &mut world.nodes {
-        let area = node.disk.meta.real.as_mut().expect("a real area");
+        let area = node.disks[0].meta.real.as_mut().expect("a real area");
         area.grow(devices.new.0, devices.new.1);
     }
 }
@@ -264,7 +264,7 @@ fn the_smaller_disk_and_the_named_size_are_limits() {
     let devices = GROWTHS[4];
     let mut world = pair(60, devices);
     // Only one grew: nothing happens.
-    world.nodes[0].disk.meta.real.as_mut().unwrap().grow(devices.new.0, devices.new.1);
+    world.nodes[0].disks[0].meta.real.as_mut().unwrap().grow(devices.new.0, devices.new.1);
     assert_eq!(resize(&mut world, 0, ResizeOptions::default()), Ok(()));
     settled(&mut world, devices.before());
     let too_much = ResizeOptions { size: Some(SectorCount(devices.after())), ..ResizeOptions::default() };

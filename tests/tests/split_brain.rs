@@ -64,7 +64,7 @@ fn secondary(world: &mut World, node: usize) {
 }
 
 fn disks(world: &World) -> [Vec<u32>; 2] {
-    [world.nodes[0].disk.sectors().to_vec(), world.nodes[1].disk.sectors().to_vec()]
+    [world.nodes[0].disks[0].sectors().to_vec(), world.nodes[1].disks[0].sectors().to_vec()]
 }
 
 fn last(world: &World, node: usize) -> Decision {
@@ -381,7 +381,7 @@ fn conflict(rr_conflict: RrConflict) -> World {
     write(&mut world, 1, 0, 8);
     world.run(100);
     let shown = world.status(1).map(|s| s.volumes[0].uuids[0]).expect("node 1 is up");
-    world.nodes[0].disk.meta.superblock.uuid = [0x7700, shown, 0, 0];
+    world.nodes[0].disks[0].meta.edit_superblock(|superblock| superblock.uuid = [0x7700, shown, 0, 0]);
     world
 }
 

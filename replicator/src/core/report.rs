@@ -3,10 +3,23 @@ use super::Resource;
 use super::attach::DiskProcedure;
 use super::config::WriteOrdering;
 use super::state::{ConnState, ReplState, Role};
-use super::status::{ConnectionStatus, PeerVolumeStatus, ResourceStatus, ResyncStatus, VolumeStatus};
-use crate::units::Time;
+use super::status::{ConnectionStatus, PeerVolumeStatus, ResourceStatus, ResyncStatus, States, VolumeStatus};
+use crate::units::{Time, VolumeNr};
 
 impl Resource {
+    /// The states of one volume alone, for whoever asks after every event.
+    #[must_use]
+    pub fn states(&self, volume: VolumeNr) -> Option<States> {
+        let device = &self.devices[self.device_index(volume)?];
+        Some(States {
+            role: self.role,
+            disk: device.disk,
+            connection: self.conn,
+            replication: device.repl,
+            peer_disk: device.peer_disk,
+        })
+    }
+
     /// A snapshot for `status`, at time `now`.
     #[must_use]
     pub fn status(&self, now: Time) -> ResourceStatus {

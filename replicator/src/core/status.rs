@@ -24,6 +24,21 @@ pub struct ResourceStatus {
     pub waiting_for: Vec<String>,
 }
 
+/// The states of one volume, without the rest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct States {
+    /// Own role.
+    pub role: Role,
+    /// Own disk.
+    pub disk: DiskState,
+    /// Connection.
+    pub connection: ConnState,
+    /// Replication.
+    pub replication: ReplState,
+    /// Peer's disk, as known here.
+    pub peer_disk: DiskState,
+}
+
 /// One own volume.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct VolumeStatus {

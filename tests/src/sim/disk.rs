@@ -1,24 +1,49 @@
-//! A backing disk: data with a volatile cache, and the metadata area in its real terms.
+//! A backing disk: data with a volatile cache. Its metadata area is in `meta_area.rs`.
 //!
 //! The content of a sector is one number: which write put it there (0 = zeroes).
+//!
+//! Fault model of the data area:
+//! * a write that was answered is in a volatile cache until a flush that was submitted later is answered,
+//!   or at once with FUA. A power cut loses any subset of what is there, whole writes or pieces of 512
+//!   bytes or 4 KiB, in any order: nothing is ordered between two flushes;
+//! * a write in flight when its node stops happened or not, piece by piece;
+//! * reads, writes and flushes fail ([`Faults`]): the next so many, all of them until mended, or those that
+//!   touch a bad range. A failed write may have happened in part. A failed flush promises nothing;
+//! * an IO may take much longer than others, or stay open until the node dies.
+//!
+//! Not covered: data that changes by itself, data writes that were acked and never done or done elsewhere.
+//! The two copies are then different without any of them knowing; that is what verify is for.
 use super::Rng;
-use lockstep_replicator::core::event::MetaWrite;
-use lockstep_replicator::meta::{
-    AlTransaction, Attached, BITMAP_PAGE_BITS, BITMAP_PAGE_BYTES, MAGIC_UNCLEAN, MetaPlace, Superblock,
-    UUID_JUST_CREATED,
-};
-use lockstep_replicator::units::{BlockRange, SectorCount};
-use std::collections::BTreeSet;
+use super::meta_area::MetaArea;
+use lockstep_replicator::units::BlockRange;
 
-/// Blocks in the activity-log ring.
-const RING: usize = 8;
-const WORDS_PER_PAGE: usize = BITMAP_PAGE_BYTES / 8;
-
+/// A write in the cache.
 #[derive(Clone, Debug)]
 struct Unflushed {
     seq: u64,
     start: usize,
     content: Vec<u32>,
+    /// The application write it is, 0 if none as a whole.
+    tag: u32,
+}
+
+/// What goes wrong with the IO of a disk from now on.
+#[derive(Clone, Debug, Default)]
+pub struct Faults {
+    /// The next this many reads fail.
+    pub reads: u32,
+    /// See `reads`.
+    pub writes: u32,
+    /// See `reads`.
+    pub flushes: u32,
+    /// See `reads`.
+    pub metas: u32,
+    /// Everything fails until mended.
+    pub dead: bool,
+    /// Reads that touch this fail until mended or overwritten; writes too if the flag is set.
+    pub bad: Option<(BlockRange, bool)>,
+    /// The next IO takes this long, ns; `u64::MAX`: until the node stops.
+    pub stick: Option<u64>,
 }
 
 /// See the module.
@@ -27,17 +52,31 @@ pub struct Disk {
     /// What a read sees.
     now: Vec<u32>,
     stable: Vec<u32>,
-    stable_seq: Vec<u64>,
+    stable_seq: Vec<u32>,
     unflushed: Vec<Unflushed>,
     seq: u64,
     /// The metadata area.
     pub meta: MetaArea,
-    /// Sectors written, for the minimality check.
+    /// Faults to come.
+    pub faults: Faults,
+    /// Sectors written.
     pub written_sectors: u64,
 }
 
 fn at(sector: u64) -> usize {
     usize::try_from(sector).unwrap_or(usize::MAX)
+}
+
+/// Ends of the pieces of `size` sectors that a range from `start` breaks into.
+fn pieces(start: usize, len: usize, size: usize) -> impl Iterator<Item = (usize, usize)> {
+    let mut offset = 0;
+    std::iter::from_fn(move || {
+        let from = offset;
+        (from < len).then(|| {
+            offset = (from + size - (start + from) % size).min(len);
+            (from, offset)
+        })
+    })
 }
 
 impl Disk {
@@ -51,6 +90,7 @@ impl Disk {
             unflushed: Vec::new(),
             seq: 0,
             meta: MetaArea::new(sectors),
+            faults: Faults::default(),
             written_sectors: 0,
         }
     }
@@ -68,20 +108,30 @@ impl Disk {
         self.stable_seq.resize(at(sectors), 0);
     }
 
+    /// All sectors as they would be after a power cut that takes the whole cache.
+    #[must_use]
+    pub fn stable_sectors(&self) -> &[u32] {
+        &self.stable
+    }
+
     /// Sectors of a range as a read sees them.
     #[must_use]
     pub fn read(&self, range: BlockRange) -> Vec<u32> {
         self.now[at(range.start().0)..at(range.end().0)].to_vec()
     }
 
-    /// A write completes; `durable` for FUA.
-    pub fn write(&mut self, range: BlockRange, content: Vec<u32>, durable: bool) {
+    /// A write completes; `durable` for FUA. `tag`: the application write it is.
+    pub fn write(&mut self, range: BlockRange, content: Vec<u32>, durable: bool, tag: u32) {
         self.seq += 1;
         let start = at(range.start().0);
         self.now[start..start + content.len()].copy_from_slice(&content);
         self.written_sectors += content.len() as u64;
-        let write = Unflushed { seq: self.seq, start, content };
-        if durable { self.settle(&write) } else { self.unflushed.push(write) }
+        let write = Unflushed { seq: self.seq, start, content, tag };
+        if durable {
+            settle(&mut self.stable, &mut self.stable_seq, &write);
+        } else {
+            self.unflushed.push(write);
+        }
     }
 
     /// What a flush submitted now will cover.
@@ -92,175 +142,68 @@ impl Disk {
 
     /// A flush completes that was submitted at `mark`.
     pub fn flush(&mut self, mark: u64) {
-        let all = std::mem::take(&mut self.unflushed);
-        for write in all {
-            if write.seq <= mark { self.settle(&write) } else { self.unflushed.push(write) }
-        }
-    }
-
-    fn settle(&mut self, write: &Unflushed) {
-        for (offset, value) in write.content.iter().enumerate() {
-            let sector = write.start + offset;
-            if self.stable_seq[sector] <= write.seq {
-                self.stable[sector] = *value;
-                self.stable_seq[sector] = write.seq;
+        let (stable, seqs) = (&mut self.stable, &mut self.stable_seq);
+        self.unflushed.retain(|write| {
+            if write.seq <= mark {
+                settle(stable, seqs, write);
             }
-        }
+            write.seq > mark
+        });
     }
 
-    /// A write in flight when the node stops: each block of it happened or not.
+    /// A write in flight when the node stops, or one that failed: each piece of it happened or not.
     pub fn maybe_write(&mut self, range: BlockRange, content: &[u32], rng: &mut Rng) {
         let start = at(range.start().0);
         self.seq += 1;
-        let mut offset = 0;
-        while offset < content.len() {
-            let end = (offset + 8 - (start + offset) % 8).min(content.len());
+        let size = if rng.percent(30) { 1 } else { 8 };
+        for (from, to) in pieces(start, content.len(), size) {
             if rng.percent(50) {
-                let piece = content[offset..end].to_vec();
-                self.now[start + offset..start + end].copy_from_slice(&piece);
-                self.unflushed.push(Unflushed { seq: self.seq, start: start + offset, content: piece });
+                let piece = content[from..to].to_vec();
+                self.now[start + from..start + to].copy_from_slice(&piece);
+                self.unflushed.push(Unflushed { seq: self.seq, start: start + from, content: piece, tag: 0 });
             }
-            offset = end;
         }
     }
 
-    /// Power is cut: any part of what was not flushed is lost.
-    pub fn lose_cache(&mut self, rng: &mut Rng) {
+    /// Power is cut: any part of what was not flushed is lost. The application writes that lost something.
+    pub fn lose_cache(&mut self, rng: &mut Rng) -> Vec<u32> {
         let keep = [0, 30, 70, 100][at(rng.below(4))];
-        for write in std::mem::take(&mut self.unflushed) {
-            if rng.percent(keep) {
-                self.settle(&write);
+        let torn = rng.percent(40);
+        let size = if rng.percent(30) { 1 } else { 8 };
+        let mut lost = Vec::new();
+        let writes = std::mem::take(&mut self.unflushed);
+        for write in &writes {
+            if torn && rng.percent(30) {
+                for (from, to) in pieces(write.start, write.content.len(), size) {
+                    if rng.percent(keep) {
+                        let content = write.content[from..to].to_vec();
+                        let piece = Unflushed { seq: write.seq, start: write.start + from, content, tag: 0 };
+                        settle(&mut self.stable, &mut self.stable_seq, &piece);
+                    }
+                }
+                lost.push(write.tag);
+            } else if rng.percent(keep) {
+                settle(&mut self.stable, &mut self.stable_seq, write);
+            } else {
+                lost.push(write.tag);
             }
         }
-        self.now.clone_from(&self.stable);
+        for write in &writes {
+            let range = write.start..write.start + write.content.len();
+            self.now[range.clone()].copy_from_slice(&self.stable[range]);
+        }
+        lost.retain(|tag| *tag != 0);
+        lost
     }
 }
 
-/// The metadata area; every write of it is durable when answered.
-#[derive(Clone, Debug)]
-pub struct MetaArea {
-    /// The superblock.
-    pub superblock: Superblock,
-    ring: Vec<Option<AlTransaction>>,
-    bitmap: Vec<u64>,
-    capacity: u64,
-    /// In its real bytes, on devices that can grow.
-    pub real: Option<super::real_area::RealArea>,
-}
-
-impl MetaArea {
-    fn new(sectors: u64) -> Self {
-        let superblock = Superblock {
-            la_size: SectorCount(0),
-            uuid: [UUID_JUST_CREATED, 0, 0, 0],
-            device_uuid: 0,
-            flags: 0,
-            magic: MAGIC_UNCLEAN,
-            md_size_sect: 0,
-            al_offset: 8,
-            al_nr_extents: 67,
-            bm_offset: 72,
-            bm_bytes_per_bit: 4096,
-            la_peer_max_bio_size: 0,
-            al_stripes: 1,
-            al_stripe_size_4k: 8,
-        };
-        let pages = at(sectors.div_ceil(8).div_ceil(BITMAP_PAGE_BITS));
-        Self {
-            superblock,
-            ring: vec![None; RING],
-            bitmap: vec![u64::MAX; pages * WORDS_PER_PAGE],
-            capacity: sectors,
-            real: None,
-        }
-    }
-
-    /// A write is durable.
-    pub fn apply(&mut self, write: &MetaWrite) {
-        if let Some(area) = &mut self.real {
-            return area.apply(write);
-        }
-        match write {
-            MetaWrite::Superblock(superblock) => self.superblock = (**superblock).clone(),
-            MetaWrite::AlTransaction(transaction) => {
-                self.ring[transaction.number as usize % RING] = Some((**transaction).clone());
-            }
-            MetaWrite::AlInit => self.ring.fill(None),
-            MetaWrite::Relocate | MetaWrite::ForgetOldPlace => {}
-            MetaWrite::Bitmap(pages) => {
-                for page in pages {
-                    let first = page.index as usize * WORDS_PER_PAGE;
-                    self.bitmap[first..first + WORDS_PER_PAGE].copy_from_slice(&page.words[..]);
-                }
-            }
-        }
-    }
-
-    /// The node stopped while this was being written: old or new, per block.
-    pub fn maybe_apply(&mut self, write: &MetaWrite, rng: &mut Rng) {
-        if let Some(area) = &mut self.real {
-            return area.maybe_apply(write, rng);
-        }
-        match write {
-            MetaWrite::Relocate | MetaWrite::ForgetOldPlace => {}
-            MetaWrite::Superblock(_) | MetaWrite::AlTransaction(_) => {
-                if rng.percent(50) {
-                    self.apply(write);
-                }
-            }
-            MetaWrite::AlInit => {
-                for block in &mut self.ring {
-                    if rng.percent(50) {
-                        *block = None;
-                    }
-                }
-            }
-            MetaWrite::Bitmap(pages) => {
-                for page in pages {
-                    if rng.percent(50) {
-                        self.apply(&MetaWrite::Bitmap(vec![page.clone()]));
-                    }
-                }
-            }
-        }
-    }
-
-    /// What the devices hold now.
-    pub fn measure(&mut self) -> Option<MetaPlace> {
-        self.real.as_mut().and_then(super::real_area::RealArea::measure)
-    }
-
-    /// Bits set on disk.
-    #[must_use]
-    pub fn bits(&self) -> u64 {
-        self.bitmap.iter().map(|word| u64::from(word.count_ones())).sum()
-    }
-
-    /// What an attach reads (DISK 7.7).
-    pub fn attach(&mut self) -> Attached {
-        if let Some(area) = &mut self.real {
-            return area.attach();
-        }
-        let mut blocks: Vec<&AlTransaction> = self.ring.iter().flatten().collect();
-        blocks.sort_by_key(|block| block.number);
-        let mut table = vec![u32::MAX; 65_534];
-        for block in blocks {
-            for (offset, extent) in block.context.iter().enumerate() {
-                table[block.context_start_slot as usize + offset] = *extent;
-            }
-            for (slot, extent) in &block.updates {
-                table[*slot as usize] = *extent;
-            }
-        }
-        let hot: BTreeSet<u32> = table.into_iter().filter(|extent| *extent != u32::MAX).collect();
-        Attached {
-            superblock: self.superblock.clone(),
-            hot_extents: hot.into_iter().collect(),
-            al_unusable: false,
-            bitmap: self.bitmap.clone(),
-            capacity: SectorCount(self.capacity),
-            discard: true,
-            logical_block_bytes: 512,
+fn settle(stable: &mut [u32], seqs: &mut [u32], write: &Unflushed) {
+    let seq = u32::try_from(write.seq).unwrap_or(u32::MAX);
+    for (offset, value) in write.content.iter().enumerate() {
+        let sector = write.start + offset;
+        if seqs[sector] <= seq {
+            stable[sector] = *value;
+            seqs[sector] = seq;
         }
     }
 }

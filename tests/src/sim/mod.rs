@@ -2,33 +2,72 @@
 //!
 //! | file | holds |
 //! |---|---|
-//! | `world.rs` | event heap, virtual clock, network, what the cores ask for |
+//! | `world.rs` | event heap, virtual clock, the runtime's part of the boundary |
+//! | `net.rs` | the network, and how it fails |
 //! | `node.rs` | one node: core, buffers, crash and restart |
-//! | `disk.rs` | backing disk with a volatile cache, metadata area, replay |
-//! | `real_area.rs` | metadata in its real bytes, on devices that grow |
-//! | `workload.rs` | the application and the operator of a random run |
-//! | `checkers.rs` | what must be true, from the simulated disks |
+//! | `disk.rs`, `meta_area.rs` | backing disk with a volatile cache, metadata in real bytes, and how they fail |
+//! | `real_area.rs` | metadata at its real place, on devices that grow |
+//! | `history.rs` | what each node may hold, from what the application was told |
+//! | `oracle.rs` | what must be true, and when it is looked at |
+//! | `plan.rs`, `run.rs` | random runs: options and actions from the seed, the two phases |
+//! | `orders.rs` | a test picks what happens next |
+//! | `minimise.rs` | makes a failing plan smaller |
 //!
-//! Fault model: a transport may end at any moment and loses what is in flight, each side notices at
-//! its own time; a node may be killed (its disk keeps all completed writes, those in flight happen or
-//! not, block by block) or lose power (any subset of the unflushed writes is lost too); a data IO may
-//! fail. A metadata write in flight at a crash is old or new per block. At most one node is Primary
-//! unless a test makes both so on purpose.
-pub mod checkers;
+//! Processes: a node may be killed (its disk keeps all completed writes, those in flight happen or not,
+//! piece by piece) or lose power (any subset of the unflushed writes is lost too), alone or both at once,
+//! also at its n-th metadata write, and come back with other options. Operators type verbs at any moment.
+//! At most one node is Primary unless an operator of the run makes it so on purpose.
 pub mod disk;
+pub mod history;
+pub mod meta_area;
+pub mod minimise;
+pub mod net;
 pub mod node;
+pub mod oracle;
+pub mod orders;
+pub mod plan;
 pub mod real_area;
-pub mod workload;
+pub mod run;
 pub mod world;
 
 pub use world::{Options, World};
 
-/// One run of the random workload; `Err` says what was wrong, with the seed in it.
+/// One random run; `Err` says what was wrong, with the seed in it. A panic counts, too.
 ///
 /// # Errors
 /// A promise was broken; the text names it.
-pub fn run_seed(seed: u64) -> Result<workload::Summary, String> {
-    workload::run(seed, false)
+pub fn run_seed(seed: u64) -> Result<run::Summary, String> {
+    run_plan(&plan::draw(seed))
+}
+
+/// Carries out a plan; a panic is a broken promise like any other.
+///
+/// # Errors
+/// A promise was broken; the text names it.
+pub fn run_plan(plan: &plan::Plan) -> Result<run::Summary, String> {
+    static QUIET: std::sync::Once = std::sync::Once::new();
+    thread_local! {
+        /// What the last panic of this thread said, while a run is on.
+        static PANIC: std::cell::RefCell<Option<String>> = const { std::cell::RefCell::new(None) };
+    }
+    QUIET.call_once(|| {
+        let before = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            let caught = PANIC.with_borrow_mut(|slot| {
+                if let Some(text) = slot {
+                    *text = info.to_string();
+                }
+                slot.is_some()
+            });
+            if !caught {
+                before(info);
+            }
+        }));
+    });
+    PANIC.set(Some(String::new()));
+    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| run::run(plan)));
+    let text = PANIC.take().unwrap_or_default();
+    result.unwrap_or_else(|_| Err(format!("seed {}: {text}", plan.options.seed)))
 }
 
 /// Small generator (splitmix64): all randomness of a run comes from one of these.

@@ -6,7 +6,7 @@ use lockstep_replicator::core::config::{NetConfig, ResourceConfig, VolumeConfig}
 use lockstep_replicator::core::event::{
     AdminId, BufferId, DiskIo, IoId, MetaId, MetaWrite, Refusal, RequestId, SessionId,
 };
-use lockstep_replicator::units::{Time, VolumeNr};
+use lockstep_replicator::units::VolumeNr;
 use std::collections::BTreeMap;
 
 /// A payload buffer and its counts.
@@ -40,29 +40,31 @@ pub struct Node {
     pub core: Option<Resource>,
     /// Grows with each start; events of an earlier life are dropped.
     pub life: u64,
-    /// Survives crashes.
-    pub disk: Disk,
+    /// By volume; they survive crashes.
+    pub disks: Vec<Disk>,
+    /// Volume options of this node alone.
+    pub volume: Option<VolumeConfig>,
     /// Live buffers.
     pub buffers: BTreeMap<u32, Buffer>,
     next_buffer: u32,
     /// Disk IO in flight.
     pub ios: BTreeMap<u64, InFlight>,
     /// Metadata writes in flight, in order of submission.
-    pub metas: BTreeMap<u64, MetaWrite>,
+    pub metas: BTreeMap<u64, (usize, MetaWrite)>,
     /// The core wants a transport.
     pub wants_peer: bool,
     /// Its current transport, as its runtime sees it.
     pub session: Option<SessionId>,
-    /// The time the next Timeout event is scheduled for.
-    pub timer_at: Option<Time>,
+    /// When the core wants to be told of the time, and the place of that among events of the same time.
+    pub timer_at: Option<(u64, u64)>,
     /// Requests of the application in flight: buffer and which record.
     pub requests: BTreeMap<u64, u32>,
     /// Verbs without an answer.
     pub verbs: BTreeMap<u64, &'static str>,
     /// Answers to verbs.
     pub answers: BTreeMap<u64, Result<(), Refusal>>,
-    /// The disk is in use by the core.
-    pub disk_open: bool,
+    /// The disk of each volume is in use by the core.
+    pub disk_open: Vec<bool>,
     /// IO fails with this chance, per thousand.
     pub eio_per_mille: u64,
     /// The next this many data writes / flushes fail.
@@ -75,19 +77,18 @@ pub struct Node {
     pub exported: bool,
     /// Sectors exported.
     pub export_size: u64,
-    /// Lost power and has not taken part since.
-    pub lost_power: bool,
 }
 
 impl Node {
-    /// A node that is down, with a zeroed disk.
+    /// A node that is down, with zeroed disks of these sizes.
     #[must_use]
-    pub fn new(index: usize, sectors: u64) -> Self {
+    pub fn new(index: usize, sizes: &[u64]) -> Self {
         Self {
             index,
             core: None,
             life: 0,
-            disk: Disk::new(sectors),
+            disks: sizes.iter().map(|size| Disk::new(*size)).collect(),
+            volume: None,
             buffers: BTreeMap::new(),
             next_buffer: 0,
             ios: BTreeMap::new(),
@@ -98,14 +99,13 @@ impl Node {
             requests: BTreeMap::new(),
             verbs: BTreeMap::new(),
             answers: BTreeMap::new(),
-            disk_open: false,
+            disk_open: vec![false; sizes.len()],
             eio_per_mille: 0,
             fail_writes: 0,
             fail_flushes: 0,
             metas_total: 0,
             exported: false,
             export_size: 0,
-            lost_power: false,
         }
     }
 
@@ -170,34 +170,38 @@ impl Node {
         buffer.map_or(&[], |buffer| &buffer.data)
     }
 
-    /// The node stops. `power`: its cache is lost too. What was in flight happened or not.
-    pub fn stop(&mut self, power: bool, rng: &mut Rng) -> BTreeMap<u64, u32> {
+    /// The node stops. `power`: its cache is lost too. What was in flight happened or not. The requests of
+    /// the application it leaves unanswered, and the writes that its cache lost.
+    pub fn stop(&mut self, power: bool, rng: &mut Rng) -> (BTreeMap<u64, u32>, Vec<u32>) {
         self.core = None;
         self.life += 1;
         for (_, in_flight) in std::mem::take(&mut self.ios) {
             if let (Some(range), false) = (in_flight.io.range, in_flight.content.is_empty()) {
-                self.disk.maybe_write(range, &in_flight.content, rng);
+                let volume = usize::from(in_flight.io.volume.0);
+                self.disks[volume].maybe_write(range, &in_flight.content, rng);
             }
         }
-        for (_, write) in std::mem::take(&mut self.metas) {
-            self.disk.meta.maybe_apply(&write, rng);
+        for (_, (volume, write)) in std::mem::take(&mut self.metas) {
+            self.disks[volume].meta.maybe_apply(&write, rng);
         }
+        let mut lost = Vec::new();
         if power {
-            self.disk.lose_cache(rng);
-            self.lost_power = true;
+            for disk in &mut self.disks {
+                lost.extend(disk.lose_cache(rng));
+            }
         }
         self.buffers.clear();
         self.wants_peer = false;
         self.session = None;
         self.timer_at = None;
         self.verbs.clear();
-        self.disk_open = false;
+        self.disk_open.fill(false);
         self.exported = false;
-        std::mem::take(&mut self.requests)
+        (std::mem::take(&mut self.requests), lost)
     }
 }
 
-/// The one volume of every simulated resource.
+/// The first volume of every simulated resource, and the only one of most.
 pub const VOLUME: VolumeNr = VolumeNr(0);
 
 /// Ids of the world, one counter for all kinds.

@@ -1,30 +1,38 @@
-//! Event heap, virtual clock, network, and the runtime's part of the boundary.
+//! Event heap, virtual clock, and the runtime's part of the boundary. The network is in `net.rs`, what is
+//! concluded from all this in `oracle.rs`.
 use super::Rng;
-use super::checkers::{History, first_difference};
+use super::history::History;
+use super::net::{Network, Wire};
 use super::node::{Ids, InFlight, Node, VOLUME, io_key, meta_key};
+use super::oracle::Oracle;
+pub use super::orders::Choice;
 use lockstep_proto::Message;
 use lockstep_replicator::core::Resource;
-use lockstep_replicator::core::config::{NetConfig, Protocol, VolumeConfig};
+use lockstep_replicator::core::config::{NetConfig, VolumeConfig};
 use lockstep_replicator::core::event::{
-    AdminCommand, DiskIo, DiskOk, DiskOp, Event, HandlerName, HandlerToken, Input, IoError, IoId, LostReason,
-    MetaId, Output, Payload, Request, RequestId, RequestOp, SessionId,
+    AdminCommand, DiskIo, DiskOk, DiskOp, Event, HandlerName, HandlerToken, Input, IoError, IoId, MetaId,
+    Output, Request, RequestId, RequestOp, SessionId,
 };
 use lockstep_replicator::core::state::{ConnState, DiskState, ReplState, Role};
-use lockstep_replicator::core::status::ResourceStatus;
-use lockstep_replicator::units::{BlockRange, Sector, SectorCount, Time};
-use std::cmp::Reverse;
-use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
+use lockstep_replicator::core::status::{ResourceStatus, States};
+use lockstep_replicator::units::{BlockRange, Sector, SectorCount, Time, VolumeNr};
+use std::cmp::Ordering;
+use std::collections::{BTreeMap, BinaryHeap};
 
-const US: u64 = 1000;
-const MS: u64 = 1_000_000;
+pub(super) const US: u64 = 1000;
+pub(super) const MS: u64 = 1_000_000;
 
 /// What a world is made of.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// Everything random comes from it.
     pub seed: u64,
-    /// Size of both disks.
+    /// Size of both disks of volume 0.
     pub sectors: u64,
+    /// Sizes of volumes 1 and up.
+    pub more_volumes: Vec<u64>,
+    /// How fast disks and network are.
+    pub weather: Weather,
     /// Network options of both nodes.
     pub net: NetConfig,
     /// Volume options of both nodes.
@@ -40,40 +48,90 @@ impl Options {
         let net = NetConfig { ko_count: 0, connect_int_ms: 1000, ..NetConfig::default() };
         let volume = VolumeConfig { al_extents: 67, ..VolumeConfig::new(VOLUME) };
         let verbose = std::env::var_os("SIM_VERBOSE").is_some();
-        Self { seed, sectors: 32 * 2048, net, volume, verbose }
+        Self {
+            seed,
+            sectors: 32 * 2048,
+            more_volumes: Vec::new(),
+            weather: Weather::default(),
+            net,
+            volume,
+            verbose,
+        }
     }
 }
 
-enum Ev {
+/// Latencies: most IO takes the short time, some ten times that, a few in a hundred the long one.
+#[derive(Clone, Debug)]
+pub struct Weather {
+    /// A disk IO, microseconds.
+    pub disk_us: u64,
+    /// A disk IO of the slow kind, milliseconds.
+    pub disk_slow_ms: u64,
+    /// A message to each node, microseconds.
+    pub net_us: [u64; 2],
+    /// A delayed message, milliseconds.
+    pub net_slow_ms: u64,
+    /// A link that drips: this long for each sector of payload, ns.
+    pub drip_ns: u64,
+    /// A node learns within this time that a transport is gone, milliseconds.
+    pub notice_ms: u64,
+    /// A node that loses power may tell nobody for seconds.
+    pub quiet_power: bool,
+}
+
+impl Default for Weather {
+    fn default() -> Self {
+        Self {
+            disk_us: 400,
+            disk_slow_ms: 30,
+            net_us: [300; 2],
+            net_slow_ms: 40,
+            drip_ns: 0,
+            notice_ms: 20,
+            quiet_power: false,
+        }
+    }
+}
+
+pub(super) enum Ev {
     Disk { node: usize, life: u64, id: u64 },
     Meta { node: usize, life: u64, id: u64 },
     Deliver { session: SessionId, to: usize, message: Box<Message>, payload: Wire },
     Lost { session: SessionId, to: usize },
     Connect,
-    Timer { node: usize, life: u64, at: Time },
     Alarm(u64),
     Handler { node: usize, life: u64, token: HandlerToken, code: i32 },
 }
 
-/// Something that could happen next; two on different nodes may happen in either order.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Choice {
-    /// Where it happens.
-    pub node: usize,
-    seq: u64,
+/// An event and its time; the heap gives the earliest, and of equal ones the first scheduled.
+pub(super) struct Due {
+    at: u64,
+    pub(super) seq: u64,
+    pub(super) ev: Ev,
 }
 
-enum Wire {
-    None,
-    Blocks(Vec<u32>),
-    Bytes(bytes::Bytes),
+impl PartialEq for Due {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other) == Ordering::Equal
+    }
+}
+impl Eq for Due {}
+impl PartialOrd for Due {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+impl Ord for Due {
+    fn cmp(&self, other: &Self) -> Ordering {
+        (other.at, other.seq).cmp(&(self.at, self.seq))
+    }
 }
 
 #[derive(Clone, Debug)]
 enum Asked {
-    Read { range: BlockRange, buffer: u32, issued: u64 },
-    Write { record: u32, fua: bool },
-    Flush { issued: u64 },
+    Read { volume: usize, range: BlockRange, buffer: u32, issued: u64, own: bool },
+    Write { record: u32 },
+    Flush { volume: usize, issued: u64 },
 }
 
 /// See the module.
@@ -90,24 +148,15 @@ pub struct World {
     pub history: History,
     /// Ids handed out.
     pub ids: Ids,
-    heap: BinaryHeap<Reverse<(u64, u64)>>,
-    events: BTreeMap<u64, Ev>,
+    pub(super) heap: BinaryHeap<Due>,
     seq: u64,
-    /// The link is up.
-    pub link: bool,
-    dead: BTreeSet<SessionId>,
-    last_delivery: [u64; 2],
-    connecting: bool,
+    /// The link and what is on it.
+    pub net: Network,
     asked: BTreeMap<u64, Asked>,
     /// Check reads and acks against the history.
     pub check_data: bool,
-    /// Writes acked by a node while the other did not take part.
-    pub ahead: [bool; 2],
-    /// When it last acked such a write, and when it last became the source of a resync.
-    lone_ack: [u64; 2],
-    source_since: [u64; 2],
-    /// The last resync a node took part in had it as the target.
-    was_target: [bool; 2],
+    /// What is known about the two copies.
+    pub oracle: Oracle,
     /// Handlers that were run: when, where, which.
     pub handler_runs: Vec<(u64, usize, HandlerName)>,
     /// What handlers answer; `None` hangs. Default 0.
@@ -118,6 +167,8 @@ pub struct World {
     pub delivered: u64,
     /// Cut the link after this many.
     pub cut_after: Option<u64>,
+    /// Data and metadata IO of both disks so far.
+    pub disk_ios: u64,
     /// Kill this node at its n-th metadata write (from now): node, writes left, power.
     pub crash_at_meta: Option<(usize, u64, bool)>,
     /// Handshake decisions and notes, per node.
@@ -126,7 +177,7 @@ pub struct World {
     pub failed_requests: u64,
     /// Requests completed well.
     pub good_requests: u64,
-    /// Delivery of messages to this node waits (one direction stalls).
+    /// The first broken promise.
     pub broken: Option<String>,
     /// Hold messages of this kind to this node.
     pub drop_filter: Option<fn(&Message) -> bool>,
@@ -145,26 +196,21 @@ impl World {
     /// Two nodes that are down, connected by a link that is up.
     #[must_use]
     pub fn new(options: Options) -> Self {
-        let sectors = options.sectors;
+        let mut sizes = vec![options.sectors];
+        sizes.extend(&options.more_volumes);
         Self {
             now: 0,
             rng: Rng::new(options.seed),
-            nodes: [Node::new(0, sectors), Node::new(1, sectors)],
-            history: History::new(sectors, options.net.protocol == Protocol::C),
+            nodes: [Node::new(0, &sizes), Node::new(1, &sizes)],
+            history: History::new(&sizes, options.net.protocol),
             ids: Ids::default(),
             heap: BinaryHeap::new(),
-            events: BTreeMap::new(),
             seq: 0,
-            link: true,
-            dead: BTreeSet::new(),
-            last_delivery: [0; 2],
-            connecting: false,
+            net: Network::default(),
             asked: BTreeMap::new(),
             check_data: true,
-            ahead: [false; 2],
-            lone_ack: [0; 2],
-            source_since: [0; 2],
-            was_target: [false; 2],
+            oracle: Oracle::new(&sizes),
+            disk_ios: 0,
             handler_runs: Vec::new(),
             handler_answers: BTreeMap::new(),
             alarms: Vec::new(),
@@ -180,10 +226,9 @@ impl World {
         }
     }
 
-    fn schedule(&mut self, at: u64, ev: Ev) {
+    pub(super) fn schedule(&mut self, at: u64, ev: Ev) {
         self.seq += 1;
-        self.heap.push(Reverse((at, self.seq)));
-        self.events.insert(self.seq, ev);
+        self.heap.push(Due { at, seq: self.seq, ev });
     }
 
     /// Rings after `ns`.
@@ -200,34 +245,65 @@ impl World {
     }
 
     #[expect(clippy::print_stdout, reason = "asked for by SIM_VERBOSE")]
-    fn trace(&self, text: impl FnOnce() -> String) {
+    pub(super) fn trace(&self, text: impl FnOnce() -> String) {
         if self.options.verbose {
-            println!("{:>9} us {}", self.now / US, text());
+            println!("{:>4}.{:06} s {}", self.now / 1_000_000_000, self.now / US % 1_000_000, text());
         }
     }
 
     // ---- nodes ----------------------------------------------------------------------------------
 
+    /// Volumes of the resource.
+    #[must_use]
+    pub const fn volumes(&self) -> usize {
+        1 + self.options.more_volumes.len()
+    }
+
+    /// Sectors of a volume.
+    #[must_use]
+    pub fn size_of(&self, volume: usize) -> u64 {
+        let more = volume.checked_sub(1).and_then(|at| self.options.more_volumes.get(at));
+        more.copied().unwrap_or(self.options.sectors)
+    }
+
     /// Starts a node as its daemon would: attach, connect.
     pub fn start(&mut self, node: usize) {
         self.boot(node);
-        self.attach(node);
+        for volume in 0..self.volumes() {
+            self.attach_volume(node, volume);
+        }
         self.admin(node, "connect", AdminCommand::Connect { discard_my_data: false, tentative: false });
     }
 
     /// Starts a node without configuration verbs.
     pub fn boot(&mut self, node: usize) {
-        let config = self.nodes[node].config(&self.options.net, &self.options.volume);
+        let volume = self.nodes[node].volume.as_ref().unwrap_or(&self.options.volume);
+        let mut config = self.nodes[node].config(&self.options.net, volume);
+        for nr in 1..self.volumes() {
+            let nr = VolumeNr(u16::try_from(nr).unwrap_or(0));
+            config.volumes.push(VolumeConfig { nr, ..config.volumes[0].clone() });
+        }
         let seed = self.rng.next();
         self.trace(|| format!("n{node} starts"));
         self.nodes[node].core = Some(Resource::new(config, seed, Time(self.now)));
     }
 
-    /// Orders an attach with what is on the simulated disk.
+    /// Orders an attach of volume 0 with what is on the simulated disk.
     pub fn attach(&mut self, node: usize) -> u64 {
-        let attached = Box::new(self.nodes[node].disk.meta.attach());
-        self.nodes[node].disk_open = true;
-        self.admin(node, "attach", AdminCommand::Attach { volume: VOLUME, attached })
+        self.attach_volume(node, 0)
+    }
+
+    /// Orders an attach with what is on the simulated disk; 0 when the metadata allows none.
+    pub fn attach_volume(&mut self, node: usize, volume: usize) -> u64 {
+        let Some(attached) = self.nodes[node].disks[volume].meta.attach() else {
+            self.trace(|| format!("n{node} volume {volume}: the superblock cannot be used"));
+            return 0;
+        };
+        self.oracle_attach(node, volume);
+        let attached = Box::new(attached);
+        self.nodes[node].disk_open[volume] = true;
+        let volume = VolumeNr(u16::try_from(volume).unwrap_or(0));
+        self.admin(node, "attach", AdminCommand::Attach { volume, attached })
     }
 
     /// An operator's verb; 0 when the node is down.
@@ -238,6 +314,7 @@ impl World {
         let id = self.ids.admin();
         self.nodes[node].verbs.insert(id.0, name);
         self.trace(|| format!("n{node} verb {name}"));
+        self.oracle_verb(node, id.0, &command);
         self.feed(node, Input::Admin { id, command });
         id.0
     }
@@ -248,56 +325,36 @@ impl World {
             return;
         }
         self.trace(|| format!("n{node} {}", if power { "loses power" } else { "is killed" }));
-        if let Some(session) = self.nodes[node].session {
-            self.dead.insert(session);
-            let delay = 1 + self.rng.below(20 * MS);
-            self.schedule(self.now + delay, Ev::Lost { session, to: 1 - node });
-        }
-        let lost = self.nodes[node].stop(power, &mut self.rng);
-        for request in lost.keys() {
-            if let Some(Asked::Write { record, .. }) = self.asked.remove(request) {
+        self.net_node_gone(node, power);
+        let (requests, lost) = self.nodes[node].stop(power, &mut self.rng);
+        for request in requests.keys() {
+            if let Some(Asked::Write { record }) = self.asked.remove(request) {
                 self.history.orphan(record);
             }
         }
-    }
-
-    /// Cuts the transport; `stay_down`: and keeps the link down.
-    pub fn cut(&mut self, stay_down: bool) {
-        self.trace(|| "link cut".into());
-        self.link = !stay_down;
-        for node in 0..2 {
-            if let Some(session) = self.nodes[node].session {
-                self.dead.insert(session);
-                let delay = 1 + self.rng.below(20 * MS);
-                self.schedule(self.now + delay, Ev::Lost { session, to: node });
-            }
-        }
-        self.try_connect();
-    }
-
-    /// The link is up again.
-    pub fn heal(&mut self) {
-        self.link = true;
-        self.try_connect();
-    }
-
-    fn try_connect(&mut self) {
-        let ready = self.link
-            && !self.connecting
-            && self.nodes.iter().all(|node| node.core.is_some() && node.wants_peer && node.session.is_none());
-        if ready {
-            self.connecting = true;
-            let delay = 100 * US + self.rng.below(20 * MS);
-            self.schedule(self.now + delay, Ev::Connect);
-        }
+        self.history.unland(node, &lost);
+        self.oracle_crash(node, power);
     }
 
     // ---- application ----------------------------------------------------------------------------
 
     /// A request of the application on `node`; its id.
     pub fn request(&mut self, node: usize, op: RequestOp, start: u64, len: u64, fua: bool) -> u64 {
+        self.request_on(node, 0, op, start, len, fua)
+    }
+
+    /// A request for any volume; 0 when the node is down or the range is outside.
+    pub fn request_on(
+        &mut self,
+        node: usize,
+        volume: usize,
+        op: RequestOp,
+        start: u64,
+        len: u64,
+        fua: bool,
+    ) -> u64 {
         let Some(range) = BlockRange::new(Sector(start), SectorCount(len)) else { return 0 };
-        if self.nodes[node].core.is_none() || !range.within(SectorCount(self.options.sectors)) {
+        if self.nodes[node].core.is_none() || !range.within(SectorCount(self.size_of(volume))) {
             return 0;
         }
         let id = self.ids.request();
@@ -305,37 +362,48 @@ impl World {
         let buffer = match op {
             RequestOp::Read => {
                 let buffer = self.nodes[node].new_buffer(vec![u32::MAX; length]);
-                self.asked.insert(id.0, Asked::Read { range, buffer: buffer.0, issued: self.now });
+                let own = self.reads_own_disk(node, volume);
+                let asked = Asked::Read { volume, range, buffer: buffer.0, issued: self.now, own };
+                self.asked.insert(id.0, asked);
                 Some(buffer)
             }
-            RequestOp::Write => {
-                let record = self.history.issue(range, false, self.now);
-                self.asked.insert(id.0, Asked::Write { record, fua });
-                Some(self.nodes[node].new_buffer(vec![record; length]))
-            }
-            RequestOp::WriteZeroes { .. } | RequestOp::Discard => {
-                let record = self.history.issue(range, true, self.now);
-                self.asked.insert(id.0, Asked::Write { record, fua });
-                None
+            RequestOp::Write | RequestOp::WriteZeroes { .. } | RequestOp::Discard => {
+                let zeroes = op != RequestOp::Write;
+                let record = self.history.issue(node, volume, range, zeroes, fua, self.now);
+                self.oracle.touch(volume, range);
+                self.asked.insert(id.0, Asked::Write { record });
+                (!zeroes).then(|| self.nodes[node].new_buffer(vec![record; length]))
             }
         };
         self.nodes[node].requests.insert(id.0, buffer.map_or(0, |buffer| buffer.0));
-        self.trace(|| format!("n{node} request {} {op:?} {range:?} fua {fua}", id.0));
-        self.feed(node, Input::Request(Request { id, volume: VOLUME, op, range, fua, buffer }));
+        self.trace(|| format!("n{node} request {} {op:?} {volume}/{range:?} fua {fua}", id.0));
+        let volume = VolumeNr(u16::try_from(volume).unwrap_or(0));
+        self.feed(node, Input::Request(Request { id, volume, op, range, fua, buffer }));
         id.0
     }
 
     /// A flush of the application.
     pub fn flush(&mut self, node: usize) -> u64 {
+        self.flush_on(node, 0)
+    }
+
+    /// A flush of any volume.
+    pub fn flush_on(&mut self, node: usize, volume: usize) -> u64 {
         if self.nodes[node].core.is_none() {
             return 0;
         }
         let id = self.ids.request();
-        self.asked.insert(id.0, Asked::Flush { issued: self.now });
+        self.asked.insert(id.0, Asked::Flush { volume, issued: self.now });
         self.nodes[node].requests.insert(id.0, 0);
-        self.trace(|| format!("n{node} flush {}", id.0));
-        self.feed(node, Input::Flush { id, volume: VOLUME });
+        self.trace(|| format!("n{node} flush {} of volume {volume}", id.0));
+        let volume = VolumeNr(u16::try_from(volume).unwrap_or(0));
+        self.feed(node, Input::Flush { id, volume });
         id.0
+    }
+
+    /// Reads of the application there come from its own disk.
+    fn reads_own_disk(&self, node: usize, volume: usize) -> bool {
+        self.states(node, volume).is_some_and(|states| states.disk == DiskState::UpToDate)
     }
 
     fn complete(&mut self, node: usize, id: RequestId, ok: bool, data: Option<u32>) {
@@ -345,54 +413,22 @@ impl World {
         self.trace(|| format!("n{node} request {} done: {ok}", id.0));
         *(if ok { &mut self.good_requests } else { &mut self.failed_requests }) += 1;
         match self.asked.remove(&id.0) {
-            Some(Asked::Read { range, buffer, issued }) if ok => {
+            Some(Asked::Read { volume, range, buffer, issued, own }) if ok => {
                 let from = data.unwrap_or(buffer);
                 let data = self.nodes[node].buffers.get(&from).map(|buffer| buffer.data.clone());
-                if let (Some(data), true) = (data, self.check_data) {
-                    let wrong = if data.len() as u64 == range.len().0 {
-                        self.history.wrong(range.start().0, &data, issued)
-                    } else {
-                        Some("a read of the wrong length".into())
-                    };
-                    if let Some(wrong) = wrong {
-                        self.fail(format!("n{node}: read {}: {wrong}", id.0));
-                    }
+                if let Some(data) = data {
+                    let own = own && self.reads_own_disk(node, volume);
+                    self.check_read(node, volume, range, &data, issued, own);
                 }
             }
-            Some(Asked::Write { record, fua }) => {
-                let both = self.options.net.protocol == Protocol::C;
-                self.history.answer(record, ok, fua && both, self.now);
-                // A node without good data of its own cannot be ahead itself, even if the other's disk is on
-                // its way out: what it acks is what the other has acked to it.
-                let holds = self.state(node).is_some_and(|state| {
-                    matches!(state.1, DiskState::UpToDate | DiskState::Detaching | DiskState::Failed)
-                });
-                if ok && holds && !self.mirrors(node) {
-                    self.ahead[node] = true;
-                    self.lone_ack[node] = self.now;
-                }
-                // Without a disk of its own it is the other's copy that goes on.
-                if ok && self.state(node).is_some_and(|state| state.1 < DiskState::Inconsistent) {
-                    self.ahead[1 - node] = true;
-                    self.lone_ack[1 - node] = self.now;
-                }
-            }
-            Some(Asked::Flush { issued }) if ok => self.history.flushed(issued),
+            Some(Asked::Write { record }) if ok => self.write_acked(node, record),
+            Some(Asked::Write { record }) => self.history.orphan(record),
+            Some(Asked::Flush { volume, issued }) if ok => self.flush_acked(node, volume, issued),
             Some(Asked::Read { .. } | Asked::Flush { .. }) | None => {}
         }
         for id in [Some(buffer), data].into_iter().flatten().filter(|id| *id != 0) {
             self.nodes[node].release(lockstep_replicator::core::event::BufferId(id));
         }
-    }
-
-    /// A write of this node reaches the other one's disk.
-    fn mirrors(&self, node: usize) -> bool {
-        self.status(node).is_some_and(|status| {
-            let peer = &status.connection.peer_volumes[0];
-            status.connection.connection == ConnState::Connected
-                && peer.replication != ReplState::WFBitMapS
-                && peer.peer_disk >= DiskState::Inconsistent
-        })
     }
 
     // ---- getters --------------------------------------------------------------------------------
@@ -406,14 +442,15 @@ impl World {
     /// Role, disk, connection and replication state.
     #[must_use]
     pub fn state(&self, node: usize) -> Option<(Role, DiskState, ConnState, ReplState)> {
-        self.status(node).map(|status| {
-            (
-                status.role,
-                status.volumes[0].disk,
-                status.connection.connection,
-                status.connection.peer_volumes[0].replication,
-            )
-        })
+        let states = self.states(node, 0)?;
+        Some((states.role, states.disk, states.connection, states.replication))
+    }
+
+    /// The same of any volume.
+    #[must_use]
+    pub fn states(&self, node: usize, volume: usize) -> Option<States> {
+        let volume = VolumeNr(u16::try_from(volume).unwrap_or(0));
+        self.nodes[node].core.as_ref()?.states(volume)
     }
 
     /// The node is up and Primary.
@@ -426,9 +463,14 @@ impl World {
     #[must_use]
     pub fn in_sync(&self) -> bool {
         (0..2).all(|node| {
-            self.state(node).is_some_and(|(_, disk, conn, repl)| {
-                disk == DiskState::UpToDate && conn == ConnState::Connected && repl == ReplState::Established
-            }) && self.nodes[node].core.as_ref().is_some_and(|core| core.out_of_sync_bits(VOLUME) == Some(0))
+            (0..self.volumes()).all(|volume| {
+                let nr = VolumeNr(u16::try_from(volume).unwrap_or(0));
+                self.states(node, volume).is_some_and(|states| {
+                    states.disk == DiskState::UpToDate
+                        && states.connection == ConnState::Connected
+                        && states.replication == ReplState::Established
+                }) && self.nodes[node].core.as_ref().is_some_and(|core| core.out_of_sync_bits(nr) == Some(0))
+            })
         })
     }
 
@@ -440,37 +482,6 @@ impl World {
                 .as_ref()
                 .is_none_or(|core| core.is_idle() && node.requests.is_empty() && node.verbs.is_empty())
         })
-    }
-
-    /// In sync and idle: then the disks are equal, hold what they may, and no buffer is left.
-    pub fn check_quiet(&mut self) {
-        if !self.in_sync() || !self.idle() {
-            return;
-        }
-        if let Some((sector, a, b)) =
-            first_difference(self.nodes[0].disk.sectors(), self.nodes[1].disk.sectors())
-        {
-            self.fail(format!("both in sync, but sector {sector} is {a} on n0 and {b} on n1"));
-        }
-        for node in 0..2 {
-            if !self.nodes[node].buffers.is_empty() {
-                let left: Vec<_> = self.nodes[node].buffers.keys().collect();
-                self.fail(format!("n{node} is idle but holds buffers {left:?}"));
-            }
-        }
-        self.ahead = [false; 2];
-        for node in &mut self.nodes {
-            node.lost_power = false;
-        }
-    }
-
-    /// Every sector of one node's disk is allowed.
-    pub fn check_content(&mut self, node: usize) {
-        if let (Some(wrong), true) =
-            (self.history.wrong(0, self.nodes[node].disk.sectors(), self.now), self.check_data)
-        {
-            self.fail(format!("disk of n{node}: {wrong}"));
-        }
     }
 
     // ---- time -----------------------------------------------------------------------------------
@@ -496,126 +507,107 @@ impl World {
 
     /// One event; `false` when there is none before `end`.
     pub fn step(&mut self, end: u64) -> bool {
-        match self.heap.peek() {
-            Some(Reverse((at, _))) if *at <= end => {}
-            _ => {
-                self.now = end;
-                return false;
-            }
+        let event = self.heap.peek().map(|due| (due.at, due.seq));
+        let timer = (0..2).filter_map(|node| self.nodes[node].timer_at.map(|due| (due, node))).min();
+        if let Some((due, node)) = timer
+            && due.0 <= end
+            && event.is_none_or(|event| due < event)
+        {
+            self.now = self.now.max(due.0);
+            self.nodes[node].timer_at = None;
+            self.feed(node, Input::Timeout);
+            return true;
         }
-        let Some(Reverse((at, seq))) = self.heap.pop() else { return false };
-        self.now = self.now.max(at);
-        if let Some(ev) = self.events.remove(&seq) {
-            self.happen(ev);
+        if event.is_none_or(|(at, _)| at > end) {
+            self.now = end;
+            return false;
         }
+        if let Some(due) = self.heap.pop() {
+            self.now = self.now.max(due.at);
+            self.happen(due.ev);
+        }
+        self.check_marks_now_and_then();
         true
     }
 
-    // ---- every order ----------------------------------------------------------------------------
-
-    /// What could happen next, whatever its time: each disk or metadata answer, the first message of
-    /// each direction, each loss notice. Timers and new transports are left to [`World::step`].
-    #[must_use]
-    pub fn choices(&self) -> Vec<Choice> {
-        let mut first = [true; 2];
-        let mut choices = Vec::new();
-        for (seq, ev) in &self.events {
-            let node = match ev {
-                Ev::Disk { node, life, .. } | Ev::Meta { node, life, .. }
-                    if self.nodes[*node].life == *life =>
-                {
-                    *node
-                }
-                Ev::Deliver { session, to, .. }
-                    if self.nodes[*to].session == Some(*session)
-                        && !self.dead.contains(session)
-                        && std::mem::take(&mut first[*to]) =>
-                {
-                    *to
-                }
-                Ev::Lost { to, .. } => *to,
-                _ => continue,
-            };
-            choices.push(Choice { node, seq: *seq });
-        }
-        choices
-    }
-
-    /// Lets one of [`World::choices`] happen now.
-    pub fn choose(&mut self, choice: Choice) {
-        self.now += US;
-        if let Some(ev) = self.events.remove(&choice.seq) {
-            self.happen(ev);
-        }
-    }
-
-    fn happen(&mut self, ev: Ev) {
+    pub(super) fn happen(&mut self, ev: Ev) {
         match ev {
             Ev::Disk { node, life, id } if self.nodes[node].life == life => self.disk_done(node, id),
             Ev::Meta { node, life, id } if self.nodes[node].life == life => {
-                if let Some(write) = self.nodes[node].metas.remove(&id) {
-                    self.nodes[node].disk.meta.apply(&write);
-                    self.feed(node, Input::MetaDone { id: MetaId(id), result: Ok(()) });
-                }
+                self.meta_done(node, id);
             }
-            Ev::Deliver { session, to, message, payload } => self.deliver(session, to, *message, payload),
-            Ev::Lost { session, to } => {
-                if self.nodes[to].core.is_some() && self.nodes[to].session == Some(session) {
-                    self.nodes[to].session = None;
-                    self.trace(|| format!("n{to} notices the loss of {session:?}"));
-                    self.feed(to, Input::PeerLost { session, reason: LostReason::Closed("cut".into()) });
-                    self.try_connect();
-                }
-            }
-            Ev::Connect => {
-                self.connecting = false;
-                let ready = self.link
-                    && self.nodes.iter().all(|n| n.core.is_some() && n.wants_peer && n.session.is_none());
-                if ready {
-                    let session = self.ids.session();
-                    for node in 0..2 {
-                        self.nodes[node].session = Some(session);
-                        self.nodes[node].wants_peer = false;
-                    }
-                    self.trace(|| format!("transport {session:?} is up"));
-                    self.feed(0, Input::PeerConnected(session));
-                    self.feed(1, Input::PeerConnected(session));
-                }
-            }
-            Ev::Timer { node, life, at } if self.nodes[node].life == life => {
-                if self.nodes[node].timer_at == Some(at) {
-                    self.nodes[node].timer_at = None;
-                    self.feed(node, Input::Timeout);
-                }
-            }
+            Ev::Deliver { session, to, message, payload } => self.deliver(session, to, message, payload),
+            Ev::Lost { session, to } => self.lost(session, to),
+            Ev::Connect => self.transport_up(),
             Ev::Alarm(tag) => self.alarms.push(tag),
             Ev::Handler { node, life, token, code } if self.nodes[node].life == life => {
                 self.feed(node, Input::HandlerDone { token, exit_code: Some(code) });
             }
-            Ev::Disk { .. } | Ev::Meta { .. } | Ev::Timer { .. } | Ev::Handler { .. } => {}
+            Ev::Disk { .. } | Ev::Meta { .. } | Ev::Handler { .. } => {}
         }
+    }
+
+    fn meta_done(&mut self, node: usize, id: u64) {
+        let Some((volume, write)) = self.nodes[node].metas.remove(&id) else { return };
+        let disk = &mut self.nodes[node].disks[volume];
+        let failed = disk.faults.dead || disk.faults.metas > 0;
+        disk.faults.metas = disk.faults.metas.saturating_sub(1);
+        let result = if failed {
+            disk.meta.maybe_apply(&write, &mut self.rng);
+            self.trace(|| format!("n{node} meta {id} fails"));
+            Err(IoError::Errno(5))
+        } else {
+            disk.meta.apply(&write);
+            Ok(())
+        };
+        self.feed(node, Input::MetaDone { id: MetaId(id), result });
+    }
+
+    /// Whether this IO fails, as ordered or by chance.
+    fn io_fails(&mut self, node: usize, volume: usize, io: &DiskIo) -> bool {
+        let this = &mut self.nodes[node];
+        let write = !matches!(io.op, DiskOp::Read | DiskOp::Flush);
+        let unlucky = this.eio_per_mille > 0 && self.rng.below(1000) < this.eio_per_mille;
+        let faults = &mut this.disks[volume].faults;
+        let (all, own) = match io.op {
+            DiskOp::Read => (&mut 0, &mut faults.reads),
+            DiskOp::Flush => (&mut this.fail_flushes, &mut faults.flushes),
+            DiskOp::Write | DiskOp::WriteZeroes { .. } | DiskOp::Discard => {
+                (&mut this.fail_writes, &mut faults.writes)
+            }
+        };
+        let ordered = *all > 0 || *own > 0;
+        *all = all.saturating_sub(1);
+        *own = own.saturating_sub(1);
+        let bad = match (io.range, faults.bad) {
+            (Some(range), Some((bad, writes_too))) if range.overlaps(bad) => {
+                if write && !writes_too {
+                    // Writing to a bad sector makes it good.
+                    faults.bad = None;
+                }
+                !write || writes_too
+            }
+            _ => false,
+        };
+        unlucky || ordered || bad || faults.dead
     }
 
     fn disk_done(&mut self, node: usize, id: u64) {
         let Some(InFlight { io, content, mark }) = self.nodes[node].ios.remove(&id) else { return };
-        let this = &mut self.nodes[node];
+        let volume = usize::from(io.volume.0);
         let write = !matches!(io.op, DiskOp::Read | DiskOp::Flush);
-        let unlucky = this.eio_per_mille > 0 && self.rng.below(1000) < this.eio_per_mille;
-        let ordered = if write { &mut this.fail_writes } else { &mut this.fail_flushes };
-        let ordered = (write || io.op == DiskOp::Flush) && *ordered > 0 && {
-            *ordered -= 1;
-            true
-        };
         let mut result = Ok(DiskOk::default());
-        if unlucky || ordered {
+        if self.io_fails(node, volume, &io) {
+            self.trace(|| format!("n{node} disk io {id} fails"));
             if let (Some(range), true) = (io.range, write) {
-                this.disk.maybe_write(range, &content, &mut self.rng);
+                self.nodes[node].disks[volume].maybe_write(range, &content, &mut self.rng);
             }
             result = Err(IoError::Errno(5));
         } else {
+            let this = &mut self.nodes[node];
             match (io.op, io.range) {
                 (DiskOp::Read, Some(range)) => {
-                    let data = this.disk.read(range);
+                    let data = this.disks[volume].read(range);
                     if let Some(buffer) = io.buffer {
                         if let Some(buffer) = this.buffers.get_mut(&buffer.0) {
                             buffer.data = data;
@@ -626,46 +618,23 @@ impl World {
                         result = Ok(DiskOk { buffer: Some(buffer), all_zero });
                     }
                 }
-                (DiskOp::Flush, _) => this.disk.flush(mark),
-                (_, Some(range)) => this.disk.write(range, content, io.fua),
+                (DiskOp::Flush, _) => this.disks[volume].flush(mark),
+                (_, Some(range)) => {
+                    let start = usize::try_from(range.start().0).unwrap_or(usize::MAX);
+                    let tag = self.history.land(node, volume, start, &content);
+                    this.disks[volume].write(range, content, io.fua, tag);
+                }
                 (_, None) => {}
             }
         }
         if let Some(id) = io.buffer {
+            let this = &mut self.nodes[node];
             if let Some(buffer) = this.buffers.get_mut(&id.0) {
                 buffer.disk -= 1;
             }
             this.collect(id);
         }
         self.feed(node, Input::DiskDone { id: IoId(id), result });
-    }
-
-    fn deliver(&mut self, session: SessionId, to: usize, message: Message, payload: Wire) {
-        if self.dead.contains(&session)
-            || self.nodes[to].core.is_none()
-            || self.nodes[to].session != Some(session)
-        {
-            return;
-        }
-        if self.drop_filter.is_some_and(|filter| filter(&message)) {
-            self.drop_filter = None;
-            return self.cut(false);
-        }
-        self.delivered += 1;
-        if self.cut_after.is_some_and(|limit| self.delivered > limit) {
-            self.cut_after = None;
-            return self.cut(false);
-        }
-        let payload = match payload {
-            Wire::None => Payload::None,
-            Wire::Bytes(bytes) => Payload::Bytes(bytes),
-            Wire::Blocks(data) => {
-                let len = SectorCount(data.len() as u64);
-                Payload::Buffer { id: self.nodes[to].new_buffer(data), len }
-            }
-        };
-        self.trace(|| format!("n{to} <- {message:?}"));
-        self.feed(to, Input::PeerMessage { session, message, payload });
     }
 
     /// Gives an input to a core and does all it asks for.
@@ -685,20 +654,27 @@ impl World {
                 self.obey(node, output);
             }
         }
-        if let (Some(at), true) = (next, self.nodes[node].life == life)
-            && self.nodes[node].timer_at.is_none_or(|set| set != at)
-        {
-            self.nodes[node].timer_at = Some(at);
-            self.schedule(at.0.max(self.now), Ev::Timer { node, life, at });
+        if let (Some(at), true) = (next, self.nodes[node].life == life) {
+            let at = at.0.max(self.now);
+            if self.nodes[node].timer_at.is_none_or(|(set, _)| set != at) {
+                self.seq += 1;
+                self.nodes[node].timer_at = Some((at, self.seq));
+            }
         }
     }
 
-    fn io_delay(&mut self) -> u64 {
-        match self.rng.below(100) {
-            0..=1 => self.rng.below(30 * MS),
-            2..=20 => 500 * US + self.rng.below(3 * MS),
-            _ => 20 * US + self.rng.below(400 * US),
+    fn io_delay(&mut self, node: usize, volume: usize) -> Option<u64> {
+        self.disk_ios += 1;
+        if let Some(stuck) = self.nodes[node].disks[volume].faults.stick.take() {
+            self.trace(|| format!("n{node} that IO is stuck"));
+            return (stuck != u64::MAX).then_some(stuck);
         }
+        let Weather { disk_us, disk_slow_ms, .. } = self.options.weather;
+        Some(match self.rng.below(100) {
+            0..=1 => self.rng.below(disk_slow_ms * MS),
+            2..=20 => disk_us * US + self.rng.below(disk_us * 8 * US),
+            _ => 20 * US + self.rng.below(disk_us * US),
+        })
     }
 
     fn obey(&mut self, node: usize, output: Output) {
@@ -707,16 +683,18 @@ impl World {
                 self.complete(node, id, result.is_ok(), data.map(|id| id.0));
             }
             Output::Disk(io) => self.start_io(node, io),
-            Output::Meta { id, write, .. } => {
+            Output::Meta { id, volume, write } => {
+                let volume = usize::from(volume.0);
                 let life = self.nodes[node].life;
                 self.trace(|| format!("n{node} meta {} {}", id.0, meta_text(&write)));
-                if !self.nodes[node].disk_open {
+                if !self.nodes[node].disk_open[volume] {
                     self.fail(format!("n{node}: metadata write on a disk that was let go"));
                 }
-                self.nodes[node].metas.insert(meta_key(id), write);
+                self.nodes[node].metas.insert(meta_key(id), (volume, write));
                 self.nodes[node].metas_total += 1;
-                let delay = self.io_delay();
-                self.schedule(self.now + delay, Ev::Meta { node, life, id: meta_key(id) });
+                if let Some(delay) = self.io_delay(node, volume) {
+                    self.schedule(self.now + delay, Ev::Meta { node, life, id: meta_key(id) });
+                }
                 if let Some((victim, left, power)) = self.crash_at_meta
                     && victim == node
                 {
@@ -733,20 +711,13 @@ impl World {
             Output::StopConnecting => self.nodes[node].wants_peer = false,
             Output::Disconnect { session, reason } => {
                 self.trace(|| format!("n{node} drops {session:?}: {reason}"));
-                if self.nodes[node].session == Some(session) {
-                    self.nodes[node].session = None;
-                    let to = 1 - node;
-                    let at = self.last_delivery[to].max(self.now + 100 * US) + 1;
-                    self.last_delivery[to] = at;
-                    self.schedule(at, Ev::Lost { session, to });
-                    self.try_connect();
-                }
+                self.net_drop(node, session);
             }
             Output::Send { session, message, payload } => self.send(node, session, message, payload),
             Output::Release(id) => self.nodes[node].release(id),
             Output::Event(event) => {
                 self.trace(|| format!("n{node} event {event:?}"));
-                self.follow_resync(node, &event);
+                self.oracle_event(node, &event);
                 if matches!(
                     event,
                     Event::Role(..) | Event::Handshake(_) | Event::ResyncDone { .. } | Event::Note(..)
@@ -756,11 +727,10 @@ impl World {
             }
             Output::AdminReply { id, result } => {
                 self.trace(|| format!("n{node} reply {result:?}"));
-                match self.nodes[node].verbs.remove(&id.0) {
-                    Some("primary" | "primary-force") if result.is_ok() => self.history.new_reign(self.now),
-                    Some(_) => {}
-                    None => self.fail(format!("n{node}: verb {} answered twice", id.0)),
+                if self.nodes[node].verbs.remove(&id.0).is_none() {
+                    self.fail(format!("n{node}: verb {} answered twice", id.0));
                 }
+                self.oracle_reply(node, id.0, result.is_ok());
                 self.nodes[node].answers.insert(id.0, result);
             }
             Output::Export { size, .. } => {
@@ -777,47 +747,25 @@ impl World {
                 }
             }
             Output::Measure(volume) => {
-                let place = self.nodes[node].disk.meta.measure();
+                let place = self.nodes[node].disks[usize::from(volume.0)].meta.measure();
                 self.feed(node, Input::Measured { volume, place });
             }
-            Output::DiskReleased(_) => {
-                if !self.nodes[node].ios.is_empty() || !self.nodes[node].metas.is_empty() {
+            Output::DiskReleased(volume) => {
+                let volume = usize::from(volume.0);
+                let ios =
+                    self.nodes[node].ios.values().any(|flying| usize::from(flying.io.volume.0) == volume);
+                if ios || self.nodes[node].metas.values().any(|(at, _)| *at == volume) {
                     self.fail(format!("n{node}: disk let go with IO in flight"));
                 }
-                self.nodes[node].disk_open = false;
+                self.nodes[node].disk_open[volume] = false;
             }
-        }
-    }
-
-    /// A target that is done has all its source had when the resync began, even if the source dies
-    /// before it hears of the end.
-    fn follow_resync(&mut self, node: usize, event: &Event) {
-        match event {
-            Event::Repl(_, _, ReplState::SyncSource) => {
-                self.source_since[node] = self.now;
-                self.was_target[node] = false;
-            }
-            Event::Repl(_, _, ReplState::SyncTarget) => self.was_target[node] = true,
-            // It has everything from here on, even if the source never hears of it.
-            Event::Disk(_, DiskState::Inconsistent, DiskState::UpToDate) if self.was_target[node] => {
-                let source = 1 - node;
-                if self.lone_ack[source] <= self.source_since[source] {
-                    self.ahead[source] = false;
-                }
-            }
-            Event::ResyncDone { bits_failed: 0, .. } if self.was_target[node] => {
-                let source = 1 - node;
-                if self.lone_ack[source] <= self.source_since[source] {
-                    self.ahead[source] = false;
-                }
-            }
-            _ => {}
         }
     }
 
     fn start_io(&mut self, node: usize, io: DiskIo) {
         let life = self.nodes[node].life;
-        if !self.nodes[node].disk_open {
+        let volume = usize::from(io.volume.0);
+        if !self.nodes[node].disk_open[volume] {
             self.fail(format!("n{node}: IO on a disk that was let go"));
         }
         let this = &mut self.nodes[node];
@@ -834,40 +782,23 @@ impl World {
             let range = io.range;
             let overlap = this.ios.values().any(|other| {
                 other.io.op != DiskOp::Read
+                    && other.io.volume == io.volume
                     && other.io.range.is_some_and(|other| range.is_some_and(|range| range.overlaps(other)))
             });
             if overlap {
                 self.fail(format!("n{node}: two writes of {range:?} in flight at once"));
             }
         }
-        let mark = self.nodes[node].disk.mark();
+        let mark = self.nodes[node].disks[volume].mark();
         let id = io_key(io.id);
-        self.trace(|| format!("n{node} disk {:?} {:?} io {id}", io.op, io.range));
+        self.trace(|| match io.range {
+            Some(range) => format!("n{node} disk io {id}: {:?} {volume}/{range:?} fua {}", io.op, io.fua),
+            None => format!("n{node} disk io {id}: {:?} of volume {volume}", io.op),
+        });
         self.nodes[node].ios.insert(id, InFlight { io, content, mark });
-        let delay = self.io_delay();
-        self.schedule(self.now + delay, Ev::Disk { node, life, id });
-    }
-
-    fn send(&mut self, node: usize, session: SessionId, message: Message, payload: Payload) {
-        let wire = match payload {
-            Payload::None => Wire::None,
-            Payload::Bytes(bytes) => Wire::Bytes(bytes),
-            Payload::Buffer { id, len } => {
-                let length = usize::try_from(len.0).unwrap_or(0);
-                Wire::Blocks(self.nodes[node].data(id)[..length].to_vec())
-            }
-        };
-        if self.nodes[node].session != Some(session) || self.dead.contains(&session) {
-            return;
+        if let Some(delay) = self.io_delay(node, volume) {
+            self.schedule(self.now + delay, Ev::Disk { node, life, id });
         }
-        let to = 1 - node;
-        let delay = match self.rng.below(100) {
-            0 => self.rng.below(40 * MS),
-            _ => 30 * US + self.rng.below(300 * US),
-        };
-        let at = self.last_delivery[to].max(self.now + delay) + 1;
-        self.last_delivery[to] = at;
-        self.schedule(at, Ev::Deliver { session, to, message: Box::new(message), payload: wire });
     }
 }
 

@@ -1,0 +1,590 @@
+//! What the application wrote, and what each node may therefore hold.
+//!
+//! Each sector of a simulated disk holds the number of the write that put it there (0 = zeroes). A write
+//! has an interval from its issue to its end. Each node has its own *view* of it: a write acked while the
+//! other node took no part replaces older ones only in the view of the node that has it. When a node goes
+//! on from what its disk holds (promoted alone, or source of a resync), [`History::settle`] compares the
+//! disk with a view: acked writes that are missing must have an [`Excuse`], and then they bind no longer.
+//!
+//! | acked under | may be missing on a node that goes on |
+//! |---|---|
+//! | A | what never reached its disk, if nothing issued after its ack is there |
+//! | B | what never reached its disk, if the node has crashed since |
+//! | C | what a power cut took from its cache, unless a flush was acked since |
+//!
+//! A read that shows a write nobody will ever answer makes it as good as acked: no later read may go back.
+use lockstep_replicator::core::config::Protocol;
+use lockstep_replicator::units::BlockRange;
+
+/// The time of "never".
+pub const NEVER: u64 = u64::MAX;
+
+/// What became of a write in the view of one node.
+#[derive(Clone, Copy, Debug)]
+pub struct Fate {
+    /// From when on it can no longer happen.
+    pub end: u64,
+    /// From when on it replaces what was before.
+    pub replaces: u64,
+    /// Covered by an acked flush, or FUA, that this node took part in.
+    pub stable: bool,
+    /// Nobody will answer it.
+    pub dead: bool,
+    /// It was on the node's disk as a whole, and no power cut took it away.
+    pub landed: bool,
+    /// It is in a resync's past: what this node's disk went through before cannot say anything about it.
+    pub sent: bool,
+}
+
+const OPEN: Fate =
+    Fate { end: NEVER, replaces: NEVER, stable: false, dead: false, landed: false, sent: false };
+
+/// A write of the application.
+#[derive(Clone, Debug)]
+pub struct Record {
+    /// What its sectors hold: its own number, or 0 for zeroes.
+    pub value: u32,
+    /// When it was issued.
+    pub issued: u64,
+    /// By which node.
+    pub node: usize,
+    /// To which volume.
+    pub volume: usize,
+    /// First sector.
+    pub start: usize,
+    /// Sectors.
+    pub len: usize,
+    /// FUA.
+    pub fua: bool,
+    /// By node.
+    pub fate: [Fate; 2],
+}
+
+/// What happened to a node, as far as it excuses missing writes.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Past {
+    /// When it last stopped without warning.
+    pub crashed: u64,
+    /// When it last lost its cache.
+    pub lost_power: u64,
+    /// Since then, some write of its own disk failed.
+    pub write_errors: u64,
+}
+
+/// Why a write is missing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Excuse {
+    /// A permitted loss.
+    Lost,
+    /// It is still on its way to this disk.
+    OnItsWay,
+    /// No reason: a broken promise.
+    None,
+}
+
+/// All writes of a run.
+#[derive(Clone, Debug)]
+pub struct History {
+    records: Vec<Record>,
+    /// Records by volume and sector, oldest first.
+    sectors: Vec<Vec<Vec<u32>>>,
+    /// Sectors with records, in order of their first.
+    touched: Vec<Vec<u32>>,
+    /// Acked and not stable, by view.
+    unsettled: [Vec<u32>; 2],
+    dead: [Vec<u32>; 2],
+    protocol: Protocol,
+}
+
+fn at(sector: u64) -> usize {
+    usize::try_from(sector).unwrap_or(usize::MAX)
+}
+
+impl History {
+    /// Of zeroed volumes of these sizes.
+    #[must_use]
+    pub fn new(sizes: &[u64], protocol: Protocol) -> Self {
+        let done = Fate { end: 0, replaces: 0, stable: true, dead: false, landed: true, sent: true };
+        let zero =
+            Record { value: 0, issued: 0, node: 0, volume: 0, start: 0, len: 0, fua: false, fate: [done; 2] };
+        Self {
+            records: vec![zero],
+            sectors: sizes.iter().map(|size| vec![Vec::new(); at(*size)]).collect(),
+            touched: vec![Vec::new(); sizes.len()],
+            unsettled: [Vec::new(), Vec::new()],
+            dead: [Vec::new(), Vec::new()],
+            protocol,
+        }
+    }
+
+    /// The protocol of the writes from now on.
+    pub const fn set_protocol(&mut self, protocol: Protocol) {
+        self.protocol = protocol;
+    }
+
+    /// A record by its number.
+    #[must_use]
+    pub fn record(&self, number: u32) -> Option<&Record> {
+        self.records.get(number as usize)
+    }
+
+    /// A write is issued; its number.
+    pub fn issue(
+        &mut self,
+        node: usize,
+        volume: usize,
+        range: BlockRange,
+        zeroes: bool,
+        fua: bool,
+        now: u64,
+    ) -> u32 {
+        let number = u32::try_from(self.records.len()).unwrap_or(u32::MAX);
+        let (start, len) = (at(range.start().0), at(range.len().0));
+        let value = if zeroes { 0 } else { number };
+        self.records.push(Record { value, issued: now, node, volume, start, len, fua, fate: [OPEN; 2] });
+        for sector in start..start + len {
+            if let Some(list) = self.sectors.get_mut(volume).and_then(|volume| volume.get_mut(sector)) {
+                if list.is_empty() {
+                    self.touched[volume].push(u32::try_from(sector).unwrap_or(u32::MAX));
+                }
+                list.push(number);
+            }
+        }
+        number
+    }
+
+    /// A node's disk holds this now; which record it was, 0 if none as a whole.
+    pub fn land(&mut self, node: usize, volume: usize, start: usize, content: &[u32]) -> u32 {
+        let mut tag = 0;
+        let mut from = 0;
+        while from < content.len() {
+            let value = content[from];
+            let mut to = from + 1;
+            while to < content.len() && content[to] == value {
+                to += 1;
+            }
+            let found = if value == 0 {
+                self.open_zeroes(node, volume, start + from, to - from)
+            } else {
+                let whole = self.record(value).is_some_and(|r| {
+                    r.volume == volume && r.start >= start + from && r.start + r.len <= start + to
+                });
+                whole.then_some(value)
+            };
+            if let Some(number) = found {
+                self.records[number as usize].fate[node].landed = true;
+                tag = number;
+            }
+            from = to;
+        }
+        tag
+    }
+
+    /// The oldest write of zeroes to just this range that this node does not have yet; one that is still
+    /// waited for, if there is one.
+    fn open_zeroes(&self, node: usize, volume: usize, start: usize, len: usize) -> Option<u32> {
+        let list = self.sectors.get(volume)?.get(start)?;
+        let open = || {
+            list.iter().copied().filter(|number| {
+                let r = &self.records[*number as usize];
+                r.value == 0 && r.start == start && r.len == len && !r.fate[node].landed
+            })
+        };
+        let waited_for = |number: &u32| {
+            let fate = &self.records[*number as usize].fate[node];
+            !fate.dead && fate.replaces == NEVER
+        };
+        open().find(waited_for).or_else(|| open().next())
+    }
+
+    /// The newest write of zeroes by this node to just this range.
+    #[must_use]
+    pub fn newest_zeroes(&self, node: usize, volume: usize, start: u64, len: u64) -> Option<u32> {
+        let list = self.sectors.get(volume)?.get(at(start))?;
+        list.iter().rev().copied().find(|number| {
+            let r = &self.records[*number as usize];
+            r.value == 0 && r.node == node && r.start == at(start) && r.len == at(len)
+        })
+    }
+
+    /// A power cut took these writes, or parts of them, from a node's cache.
+    pub fn unland(&mut self, node: usize, tags: &[u32]) {
+        for tag in tags {
+            if let Some(record) = self.records.get_mut(*tag as usize).filter(|_| *tag != 0) {
+                record.fate[node].landed = false;
+            }
+        }
+    }
+
+    /// A frame with this write left for the other node.
+    pub fn sent(&mut self, number: u32) {
+        if let Some(record) = self.records.get_mut(number as usize) {
+            record.fate[1 - record.node].sent = true;
+        }
+    }
+
+    /// It was answered well. `connected`: the issuer still believes in its peer.
+    pub fn acked(&mut self, number: u32, connected: bool, now: u64) {
+        let protocol = self.protocol;
+        let record = &mut self.records[number as usize];
+        let issuer = record.node;
+        for node in 0..2 {
+            let fate = &mut record.fate[node];
+            let mirrored = node != issuer && protocol != Protocol::C && connected && fate.sent;
+            fate.end = fate.end.min(now);
+            if fate.landed || mirrored {
+                fate.replaces = fate.replaces.min(now);
+                fate.stable |= record.fua && (node == issuer || (protocol == Protocol::C && connected));
+                if !fate.stable {
+                    self.unsettled[node].push(number);
+                }
+            } else {
+                // It may be there or come there; nobody relies on it.
+                fate.end = NEVER;
+                fate.dead = true;
+                self.dead[node].push(number);
+            }
+        }
+    }
+
+    /// It was answered well, and binds both: of two concurrent writes to the same blocks one may have been
+    /// left out on either disk, as if the other had come right after it.
+    pub fn binds_both(&mut self, number: u32, now: u64) {
+        for fate in &mut self.records[number as usize].fate {
+            fate.end = fate.end.min(now);
+            fate.replaces = fate.replaces.min(now);
+            fate.dead = false;
+        }
+    }
+
+    /// Nobody will answer it, or the answer was an error.
+    pub fn orphan(&mut self, number: u32) {
+        for node in 0..2 {
+            self.records[number as usize].fate[node].dead = true;
+            self.dead[node].push(number);
+        }
+    }
+
+    /// A node became Primary: in its view, what never was answered cannot happen after this.
+    pub fn new_reign(&mut self, node: usize, now: u64) {
+        for number in std::mem::take(&mut self.dead[node]) {
+            let fate = &mut self.records[number as usize].fate[node];
+            fate.end = fate.end.min(now);
+        }
+    }
+
+    /// A flush issued at `issued` was acked; these nodes took part.
+    pub fn flushed(&mut self, volume: usize, issued: u64, nodes: [bool; 2]) {
+        let records = &mut self.records;
+        for (node, unsettled) in self.unsettled.iter_mut().enumerate().filter(|(node, _)| nodes[*node]) {
+            unsettled.retain(|number| {
+                let record = &mut records[*number as usize];
+                let fate = &mut record.fate[node];
+                let covered =
+                    record.volume == volume && fate.end <= issued && fate.replaces != NEVER && fate.landed;
+                fate.stable |= covered;
+                !fate.stable && fate.replaces != NEVER
+            });
+        }
+    }
+
+    /// Nothing binds any longer in a node's view, except flushed writes if `keep_stable`.
+    pub fn weaken_view(&mut self, node: usize, keep_stable: bool) {
+        for record in &mut self.records[1..] {
+            let fate = &mut record.fate[node];
+            if !(keep_stable && fate.stable) {
+                fate.replaces = NEVER;
+                fate.stable = false;
+            }
+        }
+    }
+
+    /// See [`Self::weaken_view`], for both: a double fault that a test permits.
+    pub fn weaken(&mut self, keep_stable: bool) {
+        for node in 0..2 {
+            self.weaken_view(node, keep_stable);
+        }
+    }
+
+    /// Node `to` takes over what node `from` knows of a volume (resync). `arrived`: and has it on its disk.
+    pub fn adopt_view(&mut self, from: usize, to: usize, volume: usize, arrived: bool) {
+        for (number, record) in self.records.iter_mut().enumerate().skip(1) {
+            if record.volume != volume {
+                continue;
+            }
+            let landed = record.fate[to].landed || (arrived && record.fate[from].landed);
+            let sent = record.fate[to].sent;
+            record.fate[to] = Fate { landed, sent, ..record.fate[from] };
+            let fate = &record.fate[to];
+            let number = u32::try_from(number).unwrap_or(u32::MAX);
+            if fate.dead && fate.end == NEVER {
+                self.dead[to].push(number);
+            }
+            if fate.replaces != NEVER && !fate.stable {
+                self.unsettled[to].push(number);
+            }
+        }
+        for list in [&mut self.dead[to], &mut self.unsettled[to]] {
+            list.sort_unstable();
+            list.dedup();
+        }
+    }
+
+    /// Both nodes have the same data and nothing is in flight: what binds one binds both.
+    pub fn join_views(&mut self) {
+        for record in &mut self.records[1..] {
+            let [a, b] = record.fate;
+            let joined = Fate {
+                end: a.end.min(b.end),
+                replaces: a.replaces.min(b.replaces),
+                stable: a.stable && b.stable,
+                dead: a.dead && b.dead,
+                landed: true,
+                sent: true,
+            };
+            record.fate = [joined; 2];
+            record.fate[0].landed = a.landed;
+            record.fate[1].landed = b.landed;
+            // What one has seen acked is on both disks now, if it was not overwritten since.
+            if joined.replaces != NEVER {
+                record.fate[0].landed = true;
+                record.fate[1].landed = true;
+            }
+        }
+    }
+
+    /// Forgets what can never be seen again: both disks hold the same, stable, and nothing is in flight.
+    pub fn prune(&mut self, volume: usize, stable: [&[u32]; 2]) {
+        for sector in &self.touched[volume] {
+            let sector = *sector as usize;
+            let list = &mut self.sectors[volume][sector];
+            let value = stable[0][sector];
+            // Of several writes of zeroes nobody knows which one is there.
+            if list.len() < 2 || stable[1][sector] != value || value == 0 {
+                continue;
+            }
+            let records = &self.records;
+            let holder = list.iter().map(|number| &records[*number as usize]).find(|r| r.value == value);
+            if let Some(issued) = holder.map(|r| r.issued) {
+                list.retain(|number| {
+                    let r = &records[*number as usize];
+                    r.value == value || r.fate.iter().any(|fate| fate.end >= issued)
+                });
+            }
+        }
+    }
+
+    /// The record by which a sector may hold `value` for a question asked at `asked`; `Err` has the newest
+    /// candidate, if any, which some other record replaces.
+    fn candidate(
+        &self,
+        view: usize,
+        volume: usize,
+        sector: usize,
+        value: u32,
+        asked: u64,
+    ) -> Result<u32, Option<u32>> {
+        let list = &self.sectors[volume][sector];
+        let mut best: Option<u32> = None;
+        let zero = (value == 0).then_some(0);
+        let own = if value == 0 { None } else { list.binary_search(&value).ok().map(|_| value) };
+        let zeroes =
+            list.iter().copied().filter(|number| value == 0 && self.records[*number as usize].value == 0);
+        for number in zero.into_iter().chain(own).chain(zeroes) {
+            let end = self.records[number as usize].fate[view].end;
+            let replaced = list.iter().any(|other| {
+                let other = &self.records[*other as usize];
+                other.issued > end && other.fate[view].replaces < asked
+            });
+            if !replaced {
+                return Ok(number);
+            }
+            if best.is_none_or(|best| self.records[best as usize].fate[view].end <= end) {
+                best = Some(number);
+            }
+        }
+        Err(best)
+    }
+
+    /// Why the content of a range is wrong in a node's view, if it is.
+    #[must_use]
+    pub fn wrong(
+        &self,
+        view: usize,
+        volume: usize,
+        first: usize,
+        data: &[u32],
+        asked: u64,
+    ) -> Option<String> {
+        data.iter().enumerate().find_map(|(offset, value)| {
+            let sector = first + offset;
+            if *value == 0 && self.sectors[volume][sector].is_empty() {
+                return None;
+            }
+            self.candidate(view, volume, sector, *value, asked).err()?;
+            Some(self.explain(view, volume, sector, *value, asked))
+        })
+    }
+
+    fn explain(&self, view: usize, volume: usize, sector: usize, value: u32, asked: u64) -> String {
+        let mut text = format!(
+            "sector {sector} of volume {volume} holds {value} at {} us, not allowed for n{view} by",
+            asked / 1000
+        );
+        let us = |time: u64| if time == NEVER { "-".to_owned() } else { (time / 1000).to_string() };
+        for number in &self.sectors[volume][sector] {
+            let r = &self.records[*number as usize];
+            let fate = &r.fate[view];
+            text += &format!(
+                "\n  #{number} (value {}) of n{} issued {} end {} acked {}{}{}{}",
+                r.value,
+                r.node,
+                us(r.issued),
+                us(fate.end),
+                us(fate.replaces),
+                if fate.stable { " stable" } else { "" },
+                if fate.landed { " landed" } else { "" },
+                if fate.dead { " unanswered" } else { "" },
+            );
+        }
+        text
+    }
+
+    /// A read from `first` on showed these values to the application. Where one is of a write that nobody
+    /// will answer, it binds from now on, in these views and for these sectors, as an acked one does.
+    pub fn seen(&mut self, views: [bool; 2], volume: usize, first: usize, data: &[u32], now: u64) {
+        let mut from = 0;
+        while from < data.len() {
+            let value = data[from];
+            let mut to = from + 1;
+            while to < data.len() && data[to] == value {
+                to += 1;
+            }
+            if value != 0
+                && let Some(record) = self.record(value)
+                && (0..2)
+                    .any(|node| views[node] && record.fate[node].dead && record.fate[node].replaces == NEVER)
+            {
+                let mut seen = Record { start: first + from, len: to - from, ..record.clone() };
+                let known = self.sectors[volume][seen.start].iter().any(|number| {
+                    let r = &self.records[*number as usize];
+                    r.value == value && *number != value && r.start == seen.start && r.len == seen.len
+                });
+                for (fate, view) in seen.fate.iter_mut().zip(views) {
+                    if view && fate.dead && fate.replaces == NEVER {
+                        *fate = Fate { end: now, replaces: now, dead: false, ..*fate };
+                    }
+                }
+                if !known {
+                    let number = u32::try_from(self.records.len()).unwrap_or(u32::MAX);
+                    for sector in seen.start..seen.start + seen.len {
+                        self.sectors[volume][sector].push(number);
+                    }
+                    self.records.push(seen);
+                }
+            }
+            from = to;
+        }
+    }
+
+    /// Node `node` goes on from what its disk holds, in place of `view`.
+    ///
+    /// # Errors
+    /// An acked write is missing without excuse, or a later one is there without it.
+    pub fn settle(
+        &mut self,
+        node: usize,
+        view: usize,
+        volume: usize,
+        disk: &[u32],
+        past: &Past,
+        now: u64,
+    ) -> Result<(), String> {
+        let mut first_missing = NEVER;
+        let mut newest_there = (0, 0);
+        let mut lost = Vec::new();
+        for sector in &self.touched[volume] {
+            let sector = *sector as usize;
+            let value = disk[sector];
+            let best = match self.candidate(view, volume, sector, value, now) {
+                Ok(number) => Some(number),
+                Err(None) => {
+                    return Err(format!(
+                        "something nobody wrote: {}",
+                        self.explain(view, volume, sector, value, now)
+                    ));
+                }
+                Err(best) => best,
+            };
+            if value != 0
+                && let Some(there) = self.record(value)
+                && there.node != node
+                && there.issued > newest_there.0
+            {
+                newest_there = (there.issued, value);
+            }
+            let end = best.map_or(NEVER, |best| self.records[best as usize].fate[view].end);
+            for number in &self.sectors[volume][sector] {
+                let other = &self.records[*number as usize];
+                if other.issued <= end || other.fate[view].replaces >= now {
+                    continue;
+                }
+                match self.excuse(other, node, view, past) {
+                    Excuse::None => {
+                        return Err(format!(
+                            "acked write #{number} is missing: {}",
+                            self.explain(view, volume, sector, value, now)
+                        ));
+                    }
+                    Excuse::OnItsWay => {}
+                    Excuse::Lost => {
+                        if other.node != node {
+                            first_missing = first_missing.min(other.fate[view].replaces);
+                        }
+                        lost.push(*number);
+                    }
+                }
+            }
+        }
+        if newest_there.0 > first_missing {
+            return Err(format!(
+                "write #{} is there, but not one that was acked before it was issued (order): volume {volume}, acked {} us, issued {} us, missing {lost:?}",
+                newest_there.1,
+                first_missing / 1000,
+                newest_there.0 / 1000
+            ));
+        }
+        for number in lost {
+            let fate = &mut self.records[number as usize].fate[view];
+            fate.replaces = NEVER;
+            fate.stable = false;
+        }
+        Ok(())
+    }
+
+    fn excuse(&self, missing: &Record, node: usize, view: usize, past: &Past) -> Excuse {
+        let fate = &missing.fate[node];
+        if fate.landed {
+            return Excuse::None;
+        }
+        let foreign = missing.node != node;
+        if past.lost_power >= missing.issued && !missing.fate[view].stable {
+            return Excuse::Lost;
+        }
+        match self.protocol {
+            Protocol::A if foreign => Excuse::Lost,
+            Protocol::B if foreign && past.crashed >= missing.issued => Excuse::Lost,
+            Protocol::B if foreign => Excuse::OnItsWay,
+            Protocol::A | Protocol::B | Protocol::C => Excuse::None,
+        }
+    }
+}
+
+/// First sector that differs, and what both hold.
+#[must_use]
+pub fn first_difference(a: &[u32], b: &[u32]) -> Option<(usize, u32, u32)> {
+    if a == b {
+        return None;
+    }
+    a.iter().zip(b).enumerate().find(|(_, (a, b))| a != b).map(|(at, (a, b))| (at, *a, *b))
+}

@@ -1,0 +1,540 @@
+//! What must be true of the two copies, judged from the simulated disks and from what the application was
+//! told, never from what the product says of itself. Numbers are those of the invariants every scenario is
+//! checked against: durability (1), equality (2), no invention (3), read determinism (4), order (5), single
+//! history (6), direction (7), liveness (8), minimality (9), no lost mark (10).
+//!
+//! | when | what is checked |
+//! |---|---|
+//! | a read is answered | 1, 3, 4, 5 for its sectors |
+//! | a node is promoted without its peer | 1, 3, 5 for its disk: what is missing must be excused |
+//! | a resync begins | 7: the source has what the target was told to keep; then the target's view is the source's |
+//! | a resync ends | nothing is marked on the node that says so |
+//! | resync data arrives | 9: somebody wrote the block, or it was hot at a crash, since both were last equal |
+//! | now and then, and at each crash | 10: a block that differs is marked, or hot, durably, on a node |
+//! | in sync and idle | 2: equal disks, no mark; 1 and 3 for both; no buffer left; 6: nobody's writes went away |
+use super::history::{NEVER, Past, first_difference};
+use super::net::Wire;
+use super::world::World;
+use lockstep_proto::Message;
+use lockstep_replicator::core::config::Protocol;
+use lockstep_replicator::core::event::{AdminCommand, Event, Payload};
+use lockstep_replicator::core::explain::Decision;
+use lockstep_replicator::core::policy::Outcome;
+use lockstep_replicator::core::state::{ConnState, DiskState, ReplState, Role};
+use lockstep_replicator::core::uuid::masked;
+use lockstep_replicator::meta::{UUID_JUST_CREATED, flags};
+use lockstep_replicator::units::{BITS_PER_AL_EXTENT, BlockRange, VolumeNr};
+use std::collections::BTreeMap;
+
+const SECTORS_PER_BLOCK: usize = 8;
+
+/// Blocks of 4 KiB of one volume.
+#[derive(Clone, Debug)]
+struct Blocks(Vec<u64>);
+
+impl Blocks {
+    fn all(sectors: u64) -> Self {
+        Self(vec![u64::MAX; usize::try_from(sectors.div_ceil(8 * 64)).unwrap_or(0)])
+    }
+    fn set(&mut self, block: u64) {
+        let at = usize::try_from(block / 64).unwrap_or(usize::MAX);
+        if let Some(word) = self.0.get_mut(at) {
+            *word |= 1 << (block % 64);
+        }
+    }
+    fn has(&self, block: u64) -> bool {
+        let at = usize::try_from(block / 64).unwrap_or(usize::MAX);
+        self.0.get(at).is_none_or(|word| word >> (block % 64) & 1 == 1)
+    }
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Oracle {
+    /// By volume: blocks that a resync may copy.
+    touched: Vec<Blocks>,
+    /// A full resync may come.
+    pub full_allowed: bool,
+    /// Somebody decided that this node's changes go.
+    pub voided: [bool; 2],
+    /// The node went on without the other since both were last equal.
+    pub went_on: [bool; 2],
+    /// By node.
+    pub past: [Past; 2],
+    /// Policies may throw changes away after a split brain.
+    pub policies: bool,
+    /// A resync to this node began and has not ended: what the volume holds is a mixture.
+    was_target: [Vec<bool>; 2],
+    /// Verbs that change what is allowed, and what was before.
+    verbs: BTreeMap<u64, Verb>,
+    /// Checked since anything happened.
+    quiet: bool,
+    /// Both were in sync once.
+    pub settled: bool,
+    /// Check that differing blocks are marked.
+    pub check_marks: bool,
+    /// Check that a resync copies no more than it must.
+    pub check_minimal: bool,
+    /// Events since the marks were looked at.
+    unlooked: u64,
+    /// Times both were found equal.
+    pub equal: u64,
+    /// Times a node went on alone and its disk was found good.
+    pub settlements: u64,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Verb {
+    Voids { node: usize, before: bool },
+    Forces { data_good: bool },
+    Other,
+}
+
+impl Oracle {
+    /// Nothing is known yet: everything may be copied.
+    #[must_use]
+    pub fn new(sizes: &[u64]) -> Self {
+        Self {
+            touched: sizes.iter().map(|size| Blocks::all(*size)).collect(),
+            full_allowed: true,
+            voided: [false; 2],
+            went_on: [false; 2],
+            past: [Past::default(); 2],
+            policies: false,
+            was_target: [vec![false; sizes.len()], vec![false; sizes.len()]],
+            verbs: BTreeMap::new(),
+            quiet: false,
+            settled: false,
+            check_marks: true,
+            check_minimal: true,
+            unlooked: 0,
+            equal: 0,
+            settlements: 0,
+        }
+    }
+
+    /// The application writes here.
+    pub fn touch(&mut self, volume: usize, range: BlockRange) {
+        self.quiet = false;
+        for block in range.bits_touched() {
+            self.touched[volume].set(block);
+        }
+    }
+
+    /// Everything may be copied.
+    pub fn touch_all(&mut self) {
+        for blocks in &mut self.touched {
+            blocks.0.fill(u64::MAX);
+        }
+    }
+
+    /// Both went on from the same data: a split brain may be declared.
+    #[must_use]
+    pub const fn may_split(&self) -> bool {
+        self.went_on[0] && self.went_on[1]
+    }
+}
+
+fn nr(volume: usize) -> VolumeNr {
+    VolumeNr(u16::try_from(volume).unwrap_or(0))
+}
+
+impl World {
+    // ---- the application ------------------------------------------------------------------------
+
+    pub(super) fn check_read(
+        &mut self,
+        node: usize,
+        volume: usize,
+        range: BlockRange,
+        data: &[u32],
+        issued: u64,
+        own: bool,
+    ) {
+        if !self.check_data {
+            return;
+        }
+        if data.len() as u64 != range.len().0 {
+            return self.fail(format!("n{node}: a read of the wrong length"));
+        }
+        let first = usize::try_from(range.start().0).unwrap_or(usize::MAX);
+        let wrong = self.history.wrong(node, volume, first, data, issued);
+        let other = wrong.is_some() && !own;
+        if let Some(wrong) = wrong
+            && (own || self.history.wrong(1 - node, volume, first, data, issued).is_some())
+        {
+            return self.fail(format!("n{node}: a read shows what it must not: {wrong}"));
+        }
+        let both = self.in_sync();
+        let mut views = [both; 2];
+        views[if other { 1 - node } else { node }] = own || both || other;
+        self.history.seen(views, volume, first, data, self.now);
+    }
+
+    pub(super) fn write_acked(&mut self, node: usize, record: u32) {
+        let connected = self.nodes[node].session.is_some();
+        self.history.acked(record, connected, self.now);
+        let volume = self.history.record(record).map_or(0, |r| r.volume);
+        let peer_good = self.states(node, volume).is_some_and(|s| s.peer_disk == DiskState::UpToDate);
+        if self.options.net.allow_two_primaries && connected && peer_good {
+            return self.history.binds_both(record, self.now);
+        }
+        let Some(fate) = self.history.record(record).map(|r| r.fate) else { return };
+        let has = fate.map(|fate| fate.replaces != NEVER);
+        match has {
+            [true, true] => {}
+            [true, false] => self.oracle.went_on[0] = true,
+            [false, true] => self.oracle.went_on[1] = true,
+            [false, false] => self.fail(format!("n{node}: write #{record} was acked, but no disk has it")),
+        }
+    }
+
+    pub(super) fn flush_acked(&mut self, node: usize, volume: usize, issued: u64) {
+        let mut nodes = [true; 2];
+        nodes[1 - node] = self.options.net.protocol == Protocol::C
+            && self.nodes[node].session.is_some()
+            && self.states(1 - node, volume).is_some_and(|states| states.disk >= DiskState::Inconsistent);
+        self.history.flushed(volume, issued, nodes);
+    }
+
+    pub(super) fn oracle_sent(&mut self, node: usize, message: &Message, wire: &Wire) {
+        let number = match (message, wire) {
+            (Message::Data(_), Wire::Blocks(data)) => data.first().copied(),
+            (Message::Discard(header) | Message::WriteZeroes(header), _) => {
+                let volume = usize::try_from(header.volume).unwrap_or(usize::MAX);
+                self.history.newest_zeroes(node, volume, header.sector, header.nr_sectors)
+            }
+            _ => None,
+        };
+        if let Some(number) = number {
+            self.history.sent(number);
+        }
+    }
+
+    // ---- operators and crashes ------------------------------------------------------------------
+
+    pub(super) fn oracle_verb(&mut self, node: usize, id: u64, command: &AdminCommand) {
+        self.oracle.quiet = false;
+        let mut voids = |node: usize| {
+            let before = std::mem::replace(&mut self.oracle.voided[node], true);
+            Verb::Voids { node, before }
+        };
+        let verb = match command {
+            AdminCommand::Invalidate(_) | AdminCommand::Connect { discard_my_data: true, .. } => voids(node),
+            AdminCommand::InvalidateRemote(_) => voids(1 - node),
+            AdminCommand::Primary { force: true } => {
+                let good = |volume| self.states(node, volume).is_some_and(|s| s.disk == DiskState::UpToDate);
+                Verb::Forces { data_good: (0..self.volumes()).all(good) }
+            }
+            AdminCommand::NewCurrentUuid { .. } => {
+                self.oracle.full_allowed = true;
+                Verb::Other
+            }
+            _ => return,
+        };
+        self.oracle.verbs.insert(id, verb);
+    }
+
+    pub(super) fn oracle_reply(&mut self, node: usize, id: u64, ok: bool) {
+        match self.oracle.verbs.remove(&id) {
+            Some(Verb::Voids { node, before }) if !ok => self.oracle.voided[node] = before,
+            Some(Verb::Voids { .. }) => {
+                self.oracle.full_allowed = true;
+                self.oracle.touch_all();
+            }
+            Some(Verb::Forces { data_good: false }) if ok => {
+                // Whatever was there is good now, by decree.
+                self.oracle.full_allowed = true;
+                self.history.weaken_view(node, false);
+            }
+            Some(Verb::Forces { .. } | Verb::Other) | None => {}
+        }
+    }
+
+    pub(super) fn oracle_crash(&mut self, node: usize, power: bool) {
+        self.oracle.quiet = false;
+        let past = &mut self.oracle.past[node];
+        past.crashed = self.now;
+        if power {
+            past.lost_power = self.now;
+            for volume in 0..self.volumes() {
+                if !self.oracle.was_target[node][volume] {
+                    self.settle(node, node, volume, "loses power");
+                }
+            }
+        }
+        self.oracle.verbs.clear();
+        self.check_marks();
+    }
+
+    /// A disk is attached: what its log and bitmap say may be copied.
+    pub(super) fn oracle_attach(&mut self, node: usize, volume: usize) {
+        let meta = &self.nodes[node].disks[volume].meta;
+        let touched = &mut self.oracle.touched[volume];
+        match meta.hot_extents() {
+            Some(extents) => {
+                for extent in extents {
+                    let first = u64::from(extent) * BITS_PER_AL_EXTENT;
+                    for block in first..first + BITS_PER_AL_EXTENT {
+                        touched.set(block);
+                    }
+                }
+            }
+            None => touched.0.fill(u64::MAX),
+        }
+        for (word, on_disk) in touched.0.iter_mut().zip(meta.words()) {
+            *word |= on_disk;
+        }
+    }
+
+    // ---- what the nodes announce ----------------------------------------------------------------
+
+    pub(super) fn oracle_event(&mut self, node: usize, event: &Event) {
+        self.oracle.quiet = false;
+        match event {
+            Event::Role(_, Role::Primary) => self.reign(node),
+            Event::Conn(old, new) if *old >= ConnState::Connected && *new < ConnState::Connected => {
+                self.oracle.went_on[node] |= self.is_primary(node);
+            }
+            Event::PeerDisk(_, _, new) if *new < DiskState::Inconsistent => {
+                self.oracle.went_on[node] |= self.is_primary(node) || self.is_primary(1 - node);
+            }
+            Event::Repl(volume, old, ReplState::SyncTarget) if *old != ReplState::PausedSyncT => {
+                self.resync_begins(node, usize::from(volume.0));
+            }
+            Event::Repl(volume, _, ReplState::SyncSource) => {
+                self.oracle.was_target[node][usize::from(volume.0)] = false;
+            }
+            // It has everything from here on, even if the source never hears of it.
+            Event::Disk(volume, DiskState::Inconsistent, DiskState::UpToDate)
+                if self.oracle.was_target[node][usize::from(volume.0)] =>
+            {
+                self.target_complete(node, usize::from(volume.0));
+            }
+            Event::ResyncDone { volume, bits_failed: 0, .. } => {
+                self.resync_ends(node, usize::from(volume.0));
+            }
+            Event::Handshake(decision) => self.handshake(node, decision),
+            _ => {}
+        }
+    }
+
+    fn handshake(&mut self, node: usize, decision: &Decision) {
+        let decided = &decision.decided;
+        // Started from equal generations, a resync has no older base to return to: if it is cut and the
+        // source goes on alone, only everything is safe.
+        let from_equal = (40..50).contains(&decided.comparison.rule.number());
+        self.oracle.full_allowed |= from_equal && decided.outcome != Outcome::NoSync;
+        if matches!(decided.outcome, Outcome::Source { full: true } | Outcome::Target { full: true }) {
+            if !self.oracle.full_allowed && !self.oracle.may_split() {
+                self.fail(format!("n{node}: a full sync without need (I9): {decision}"));
+            }
+            self.oracle.touch_all();
+        }
+    }
+
+    /// A node became Primary.
+    fn reign(&mut self, node: usize) {
+        self.history.new_reign(node, self.now);
+        for volume in 0..self.volumes() {
+            let Some(states) = self.states(node, volume) else { continue };
+            let with_peer = states.connection == ConnState::Connected
+                && states.peer_disk >= DiskState::Inconsistent
+                && states.peer_disk != DiskState::DUnknown;
+            if with_peer {
+                self.history.new_reign(1 - node, self.now);
+                continue;
+            }
+            self.oracle.went_on[node] = true;
+            if states.disk >= DiskState::Inconsistent {
+                let forced =
+                    self.oracle.verbs.values().any(|verb| matches!(verb, Verb::Forces { data_good: false }));
+                if forced {
+                    self.history.weaken_view(node, false);
+                }
+                self.settle(node, node, volume, "goes on alone");
+            }
+        }
+    }
+
+    /// What is on the node's disk replaces what the view knows; what is missing must be excused.
+    fn settle(&mut self, node: usize, view: usize, volume: usize, what: &str) {
+        if !self.check_data {
+            return;
+        }
+        self.oracle.settlements += 1;
+        let disk = self.nodes[node].disks[volume].sectors();
+        let settled = self.history.settle(node, view, volume, disk, &self.oracle.past[node], self.now);
+        if let Err(why) = settled {
+            self.fail(format!("n{node} {what}: {why}"));
+        }
+    }
+
+    fn resync_begins(&mut self, target: usize, volume: usize) {
+        let source = 1 - target;
+        self.oracle.was_target[target][volume] = true;
+        self.settle(source, source, volume, "becomes source");
+        let decided = self.oracle.voided[target] || (self.oracle.policies && self.oracle.may_split());
+        if !decided {
+            self.settle(source, target, volume, &format!("becomes source and overwrites n{target} (I7)"));
+        }
+        self.history.adopt_view(source, target, volume, false);
+    }
+
+    fn resync_ends(&mut self, node: usize, volume: usize) {
+        if let Some(core) = &self.nodes[node].core
+            && self.states(node, volume).is_some_and(|s| s.replication == ReplState::Established)
+            && let Some(bits) = core.out_of_sync_bits(nr(volume)).filter(|bits| *bits != 0)
+        {
+            self.fail(format!("n{node}: the resync of volume {volume} ended with {bits} blocks marked"));
+        }
+    }
+
+    fn target_complete(&mut self, node: usize, volume: usize) {
+        self.history.adopt_view(1 - node, node, volume, true);
+        self.oracle.was_target[node][volume] = false;
+        self.oracle.went_on = [false; 2];
+        let good = |volume| self.states(node, volume).is_some_and(|s| s.disk == DiskState::UpToDate);
+        if (0..self.volumes()).all(good) {
+            self.oracle.voided[node] = false;
+        }
+    }
+
+    pub(super) fn oracle_delivered(&mut self, to: usize, message: &Message, payload: &Payload) {
+        let (header, sectors) = match (message, payload) {
+            (Message::RsDataReply(header), Payload::Buffer { len, .. }) => (header, len.0),
+            (Message::RsDeallocated(header), _) => (header, header.nr_sectors),
+            _ => return,
+        };
+        let volume = usize::try_from(header.volume).unwrap_or(usize::MAX);
+        let Some(touched) = self.oracle.touched.get(volume).filter(|_| self.oracle.check_minimal) else {
+            return;
+        };
+        let blocks = header.sector / 8..(header.sector + sectors).div_ceil(8);
+        if let Some(block) = blocks.into_iter().find(|block| !touched.has(*block)) {
+            self.fail(format!(
+                "n{to}: resync copies block {block} of volume {volume}, which nobody wrote (I9)"
+            ));
+        }
+    }
+
+    // ---- at rest --------------------------------------------------------------------------------
+
+    /// In sync and idle: then the disks are equal, hold what they may, and no buffer is left.
+    pub fn check_quiet(&mut self) {
+        if self.oracle.quiet || !self.in_sync() || !self.idle() {
+            return;
+        }
+        self.oracle.quiet = true;
+        self.oracle.equal += 1;
+        for volume in 0..self.volumes() {
+            let [a, b] = [0, 1].map(|node| self.nodes[node].disks[volume].sectors());
+            if let Some((sector, a, b)) = first_difference(a, b) {
+                let text = format!(
+                    "both in sync, but sector {sector} of volume {volume} is {a} on n0 and {b} on n1 (I2)"
+                );
+                return self.fail(text);
+            }
+        }
+        for node in 0..2 {
+            self.check_content(node);
+            if !self.nodes[node].buffers.is_empty() {
+                let left: Vec<_> = self.nodes[node].buffers.keys().collect();
+                self.fail(format!("n{node} is idle but holds buffers {left:?}"));
+            }
+        }
+        self.history.join_views();
+        for volume in 0..self.volumes() {
+            let stable = [0, 1].map(|node| self.nodes[node].disks[volume].stable_sectors());
+            self.history.prune(volume, stable);
+        }
+        for blocks in &mut self.oracle.touched {
+            blocks.0.fill(0);
+        }
+        self.oracle.settled = true;
+        self.oracle.full_allowed = false;
+        self.oracle.went_on = [false; 2];
+        self.oracle.voided = [false; 2];
+    }
+
+    /// Every sector of one node's disks is allowed in its own view.
+    pub fn check_content(&mut self, node: usize) {
+        if !self.check_data {
+            return;
+        }
+        for volume in 0..self.volumes() {
+            let disk = self.nodes[node].disks[volume].sectors();
+            if let Some(wrong) = self.history.wrong(node, volume, 0, disk, self.now) {
+                return self.fail(format!("disk of n{node}: {wrong}"));
+            }
+        }
+    }
+
+    // ---- marks ----------------------------------------------------------------------------------
+
+    /// Looks at the marks once in so many events: often enough to find a lost one, seldom enough to be cheap.
+    pub(super) fn check_marks_now_and_then(&mut self) {
+        self.oracle.unlooked += 1;
+        if self.oracle.unlooked * 32_768 > 64 * self.options.sectors.max(32_768) {
+            self.check_marks();
+        }
+    }
+
+    /// A block that differs is marked or hot, durably, on at least one node (I10).
+    pub fn check_marks(&mut self) {
+        self.oracle.unlooked = 0;
+        if !self.oracle.check_marks || self.broken.is_some() {
+            return;
+        }
+        for volume in 0..self.volumes() {
+            if let Some(block) = self.unmarked_difference(volume) {
+                let [a, b] = [0, 1].map(|node| {
+                    let disk = &self.nodes[node].disks[volume];
+                    let at = block * SECTORS_PER_BLOCK;
+                    let end = (at + SECTORS_PER_BLOCK).min(disk.sectors().len());
+                    (disk.sectors()[at..end].to_vec(), disk.stable_sectors()[at..end].to_vec())
+                });
+                self.fail(format!(
+                    "block {block} of volume {volume} differs and neither node has a durable mark (I10): n0 {a:?}, n1 {b:?}"
+                ));
+            }
+        }
+    }
+
+    fn unmarked_difference(&self, volume: usize) -> Option<usize> {
+        let disks = [0, 1].map(|node| &self.nodes[node].disks[volume]);
+        let now = disks.map(super::disk::Disk::sectors);
+        let stable = disks.map(super::disk::Disk::stable_sectors);
+        if now[0].len() != now[1].len() || (now[0] == now[1] && stable[0] == stable[1]) {
+            return None;
+        }
+        let superblocks = [disks[0].meta.superblock()?, disks[1].meta.superblock()?];
+        // What the next handshake copies as a whole needs no marks.
+        let current = superblocks.each_ref().map(|superblock| masked(superblock.uuid[0]));
+        let bitmap = superblocks.each_ref().map(|superblock| masked(superblock.uuid[1]));
+        let fresh = |uuid: u64| uuid == 0 || uuid == UUID_JUST_CREATED;
+        let described = current[0] == current[1]
+            || bitmap[0] == current[1]
+            || bitmap[1] == current[0]
+            || (bitmap[0] == bitmap[1] && bitmap[0] != 0);
+        let everything = superblocks.iter().any(|superblock| superblock.flags & flags::FULL_SYNC != 0);
+        if fresh(current[0]) || fresh(current[1]) || !described || everything {
+            return None;
+        }
+        let mut hot: Option<[Option<Vec<u32>>; 2]> = None;
+        let blocks = now[0].len().div_ceil(SECTORS_PER_BLOCK);
+        (0..blocks).find(|block| {
+            let from = block * SECTORS_PER_BLOCK;
+            let to = (from + SECTORS_PER_BLOCK).min(now[0].len());
+            if now[0][from..to] == now[1][from..to] && stable[0][from..to] == stable[1][from..to] {
+                return false;
+            }
+            if disks.iter().any(|disk| disk.meta.is_marked(*block)) {
+                return false;
+            }
+            let hot = hot.get_or_insert_with(|| disks.map(|disk| disk.meta.hot_extents()));
+            let extent = u32::try_from(*block as u64 / BITS_PER_AL_EXTENT).unwrap_or(u32::MAX);
+            !hot.iter().any(|hot| hot.as_ref().is_none_or(|hot| hot.contains(&extent)))
+        })
+    }
+}
