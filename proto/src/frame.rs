@@ -312,7 +312,8 @@ fn check_message(message: &Message, payload_len: usize) -> Result<(), FrameError
         | Message::StateReply(_)
         | Message::Ping(_)
         | Message::PingAck(_)
-        | Message::TearDown(_) => Ok(()),
+        | Message::TearDown(_)
+        | Message::ProtocolUpdate(_) => Ok(()),
     }
 }
 

@@ -128,4 +128,6 @@ messages! {
     PingAck(PingAck) = 0x26, None;
     /// Leaving on purpose.
     TearDown(TearDown) = 0x27, None;
+    /// Options that both nodes share have changed.
+    ProtocolUpdate(ProtocolUpdate) = 0x28, None;
 }

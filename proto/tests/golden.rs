@@ -329,6 +329,19 @@ fn all() -> Vec<Golden> {
             "4c4b5331 01000027 000c0000 00000000 00000000 db1e21d6 \
                 0a0a646973636f6e6e656374",
         ),
+        golden(
+            "protocol_update",
+            Message::ProtocolUpdate(v1::ProtocolUpdate {
+                protocol: 3,
+                allow_two_primaries: true,
+                after_sb_0pri: 3,
+                after_sb_1pri: 8,
+                after_sb_2pri: 0,
+            }),
+            0,
+            "4c4b5331 01000028 00080000 00000000 00000000 e1a6fa0e \
+                0803100118032008",
+        ),
     ]
 }
 

@@ -137,6 +137,17 @@ fn control() -> impl Strategy<Value = Message> {
         Just(Message::Ping(v1::Ping {})),
         Just(Message::PingAck(v1::PingAck {})),
         "\\PC{0,80}".prop_map(|reason| Message::TearDown(v1::TearDown { reason })),
+        (any::<u32>(), any::<bool>(), any::<[u32; 3]>()).prop_map(
+            |(protocol, allow_two_primaries, after_sb)| {
+                Message::ProtocolUpdate(v1::ProtocolUpdate {
+                    protocol,
+                    allow_two_primaries,
+                    after_sb_0pri: after_sb[0],
+                    after_sb_1pri: after_sb[1],
+                    after_sb_2pri: after_sb[2],
+                })
+            }
+        ),
         any::<u32>().prop_map(|epoch| Message::Barrier(v1::Barrier { epoch })),
         any::<[u32; 2]>().prop_map(|[epoch, writes]| Message::BarrierAck(v1::BarrierAck { epoch, writes })),
         (any::<u32>(), any::<[u64; 4]>()).prop_map(

@@ -258,6 +258,10 @@ pub enum Verb {
         #[arg(long)]
         skip_net: bool,
     },
+    /// Act by the net options of the configuration as it is now
+    NetOptions(Targets),
+    /// Act by the disk options of the configuration as it is now
+    DiskOptions(Targets),
     /// Use the backing disk
     Attach(Targets),
     /// Let go of the backing disk

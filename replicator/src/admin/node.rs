@@ -10,6 +10,7 @@ use crate::admin::outcome::{self, Failure, SS_DEVICE_IN_USE};
 use crate::admin::plan::{self, LocalResource, LocalVolume, Source};
 use crate::admin::process;
 use crate::admin::view::{DeviceView, ResourceView};
+use crate::core::config::ResourceConfig;
 use crate::core::event::{AdminCommand, Refusal};
 use crate::core::resize::ResizeOptions;
 use crate::core::state::{ConnState, DiskState, ReplState};
@@ -69,6 +70,8 @@ pub struct Node {
 #[derive(Debug)]
 struct Running {
     resource: LocalResource,
+    /// What it acts by now.
+    options: Mutex<ResourceConfig>,
     /// For notes that outlive a restart of the machine.
     state_dir: PathBuf,
     handle: ResourceHandle,
@@ -352,7 +355,10 @@ impl Node {
     ) -> Result<(), VerbError> {
         let _gate = self.gate(name).await;
         let running = match self.get(name) {
-            Some(running) => running,
+            Some(running) => {
+                self.configure(&running, config).await?;
+                running
+            }
             None => self.start(name, config)?,
         };
         if attach_disks {
@@ -370,6 +376,29 @@ impl Node {
         if connect && running.status().await?.connection.connection == ConnState::StandAlone {
             running.handle.admin(AdminCommand::Connect { discard_my_data: false, tentative: false }).await?;
         }
+        Ok(())
+    }
+
+    /// Reads the configuration anew and lets a running resource act by it, as far as it can while it runs.
+    async fn configure(&self, running: &Running, config: Option<&Path>) -> Result<(), VerbError> {
+        let name = running.name();
+        let source = match config {
+            Some(path) => Source { config: path.into(), ..self.source.clone() },
+            None => self.source.clone(),
+        };
+        let loaded = plan::load(&source)?;
+        if !loaded.names(&source.node).iter().any(|known| known == name) {
+            // Gone from the file: it goes on as it is until it is taken down.
+            return Ok(());
+        }
+        let core = plan::local(&loaded, name, &source.node, &self.run_dir)?.runtime.core;
+        if *locked(&running.options) == core {
+            return Ok(());
+        }
+        let (net, volumes) = (Box::new(core.net.clone()), core.volumes.clone());
+        let answer = running.handle.admin(AdminCommand::Configure { net, volumes }).await;
+        answer.map_err(|refusal| with_users(refusal, running))?;
+        *locked(&running.options) = core;
         Ok(())
     }
 
@@ -409,6 +438,7 @@ impl Node {
         #[cfg(not(feature = "ublk"))]
         debug_assert_eq!(kind, choice::FrontendKind::Nbd, "ublk is not built in");
         let running = Arc::new(Running {
+            options: Mutex::new(resource.runtime.core.clone()),
             resource,
             state_dir: process::state_dir(&self.run_dir),
             handle,

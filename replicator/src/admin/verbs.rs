@@ -86,6 +86,9 @@ impl<'a> Session<'a> {
             Verb::Adjust { targets, skip_disk, skip_net } => {
                 self.change(targets, R::Up { attach: !skip_disk, connect: !skip_net })
             }
+            Verb::NetOptions(targets) | Verb::DiskOptions(targets) => {
+                self.change(targets, R::Up { attach: false, connect: false })
+            }
             Verb::Down(targets) => self.change(targets, R::Down),
             Verb::Attach(targets) => self.change(targets, R::Attach),
             Verb::Detach { targets, force } => self.change(targets, R::Detach { force: *force }),

@@ -5,6 +5,7 @@
 //! the runtime: it holds one count for the core from the moment an id is handed in until the core
 //! lets go (`Complete` for a request's buffer, [`Output::Release`] for any other), one for each
 //! `Disk` in flight and one for each `Send` not yet given to the socket.
+use crate::core::config::{NetConfig, VolumeConfig};
 use crate::core::explain::Decision;
 use crate::core::resize::ResizeOptions;
 use crate::core::state::{ConnState, DiskState, ReplState, Role};
@@ -350,6 +351,13 @@ pub enum AdminCommand {
         volume: VolumeNr,
         /// Clear all bits: skip the initial sync, or truck-based seeding.
         clear_bitmap: bool,
+    },
+    /// Act by these options from now on.
+    Configure {
+        /// Network options.
+        net: Box<NetConfig>,
+        /// Options of every volume.
+        volumes: Vec<VolumeConfig>,
     },
     /// Take the size that the backing disks have now, or another one.
     Resize {

@@ -779,7 +779,7 @@ fn side(info: &v1::VolumeInfo, tie: bool) -> Side {
     }
 }
 
-const fn protocol_number(protocol: config::Protocol) -> u32 {
+pub(super) const fn protocol_number(protocol: config::Protocol) -> u32 {
     match protocol {
         config::Protocol::A => 1,
         config::Protocol::B => 2,

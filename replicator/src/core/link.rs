@@ -109,6 +109,7 @@ impl Resource {
                 self.probe_answered();
             }
             Message::TearDown(header) => self.on_tear_down(&header.reason),
+            Message::ProtocolUpdate(header) => self.on_protocol_update(&header),
         }
         self.drop_payload(payload);
     }

@@ -12,6 +12,7 @@
 //! | `metadata.rs` | what is written to the metadata area, in which order |
 //! | `attach.rs` | taking and leaving a backing disk, disk failure |
 //! | `link.rs` | the connection: up, alive, lost |
+//! | `options.rs` | options changed while it runs |
 //! | `resize.rs` | another size, metadata at another place |
 //! | `handshake.rs` | two nodes meet, exchange facts, act on what follows |
 //! | `uuid.rs`, `compare.rs`, `policy.rs` | what follows: identifiers, the table, policies and persons |
@@ -38,6 +39,7 @@ mod handshake;
 pub mod interval;
 mod link;
 mod metadata;
+mod options;
 mod peer_request;
 pub mod policy;
 mod report;

@@ -4,7 +4,7 @@
 //! no later write starts until all of them are done and, with the method "flush", stable. Only then
 //! goes the barrier ack. So no write is ever stable here without all the writes its sender had seen
 //! completed before issuing it (I6).
-use super::config::{Protocol, WriteOrdering};
+use super::config::WriteOrdering;
 use super::device::AlUser;
 use super::event::{BufferId, DiskOk, DiskOp, IoError, Output, Payload, SessionId};
 use super::interval::LockOwner;
@@ -26,6 +26,8 @@ pub(super) struct PeerRequest {
     fua: bool,
     wire_request: u64,
     want_write_ack: bool,
+    /// Acknowledged as received (protocol B): it survives the loss of its sender.
+    received_acked: bool,
     pub(super) al: bool,
     /// The resync it was sent in: only then both nodes hold this data when it is done, and nothing newer.
     resync: Option<u64>,
@@ -172,6 +174,7 @@ impl Resource {
             fua: write.fua,
             wire_request: write.request,
             want_write_ack: write.want_write_ack,
+            received_acked: write.want_recv_ack,
             al: false,
             resync: matches!(
                 self.devices[volume].repl,
@@ -421,7 +424,13 @@ impl Resource {
     /// loss of its sender: that is written, epoch by epoch.
     pub(super) fn abort_receive(&mut self) {
         self.rx.orphaned = true;
-        let keep = self.cfg.net.protocol == Protocol::B && !self.rx.hold;
+        let promised = |item: &Queued| match item {
+            Queued::Write(key) => self.peer_requests[*key].received_acked,
+            Queued::Barrier(_) | Queued::Read(_) | Queued::ResyncRead(_) | Queued::ResyncReply { .. } => {
+                false
+            }
+        };
+        let keep = !self.rx.hold && self.rx.queue.iter().any(promised);
         self.rx.hold = false;
         let queue = std::mem::take(&mut self.rx.queue);
         if keep {

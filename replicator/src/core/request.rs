@@ -73,6 +73,8 @@ pub(super) struct Request {
     pub(super) rewrite: bool,
     /// The local disk is at it.
     on_disk: bool,
+    /// By which it was sent.
+    protocol: Protocol,
     /// Waits for the activity log.
     pub(super) al_waits: bool,
     epoch: Option<EpochNr>,
@@ -152,6 +154,7 @@ impl Resource {
             place: Place::Own,
             rewrite: false,
             on_disk: false,
+            protocol: self.cfg.net.protocol,
             al_waits: false,
             epoch: None,
             in_log: false,
@@ -286,6 +289,7 @@ impl Resource {
         let request = &mut self.requests[key];
         request.epoch = Some(epoch);
         request.in_log = true;
+        request.protocol = protocol;
         request.peer = if protocol == Protocol::A { Leg::Sent } else { Leg::Pending };
         let wire = wire_id(key, request.seq);
         let want_recv_ack = protocol == Protocol::B;
@@ -378,7 +382,7 @@ impl Resource {
             return self.protocol_error("an acknowledgement that does not fit the write it names");
         }
         match answer {
-            Answer::Received if request.peer == Leg::Pending && self.cfg.net.protocol == Protocol::B => {
+            Answer::Received if request.peer == Leg::Pending && request.protocol == Protocol::B => {
                 request.peer = Leg::Sent;
             }
             Answer::Received => {}

@@ -25,7 +25,8 @@ impl Resource {
             | AdminCommand::InvalidateRemote(_)
             | AdminCommand::Outdate(_)
             | AdminCommand::NewCurrentUuid { .. }
-            | AdminCommand::Resize { .. } => true,
+            | AdminCommand::Resize { .. }
+            | AdminCommand::Configure { .. } => true,
         };
         // Facts announced in a handshake must hold until it is decided.
         if waits && self.handshake_running() {
@@ -74,6 +75,7 @@ impl Resource {
             AdminCommand::NewCurrentUuid { volume, clear_bitmap } => {
                 self.on_volume(reply, volume, |core, at| core.new_current_uuid(id, at, clear_bitmap));
             }
+            AdminCommand::Configure { net, volumes } => self.configure(reply, *net, &volumes),
             AdminCommand::Resize { volume, options } => {
                 self.on_volume(reply, volume, |core, at| core.resize(reply, at, options));
             }
