@@ -27,8 +27,8 @@ nodes_load() {
 # The device a node's Primary offers: node_device nodo1
 node_device() { echo "$NODE_DEVICE_PREFIX${1#nodo}"; }
 
-# nodes_configure DISK1 DISK2: the example's configuration, on one machine. $NODES_DISK holds further options of the
-# disks.
+# nodes_configure DISK1 DISK2: the example's configuration, on one machine. $NODES_DISK and $NODES_NET hold further
+# options of the disks and of the connection.
 nodes_configure() {
     cat >"$LOCKSTEP_CONF" <<EOF
 common {
@@ -38,6 +38,7 @@ common {
 resource $RES {
     protocol C;
     ${NODES_DISK:+disk { $NODES_DISK \}}
+    ${NODES_NET:+net { $NODES_NET \}}
     on nodo1 {
         device $(node_device nodo1);
         disk $1;

@@ -9,6 +9,9 @@
 readonly disk_mib=${DISK_MIB:-160}
 readonly mnt=/run/vm/mnt acked=/run/vm/acked
 export NODES_DISK="on-io-error detach;"
+# One thing fails at a time: a machine under emulation that is slow to answer must not lose the peer while its own disk
+# is away, since then nobody has the data and the filesystem gets an error, rightly.
+export NODES_NET="ping-timeout 100;"
 writer='' seconds_before=0
 
 vm_on_fail() {
@@ -45,7 +48,7 @@ stop_writer() {
 writer_goes_on() {
     local before
     before=$(wc -l <$acked)
-    wait_for "(( \$(wc -l <$acked) > $before + 4 ))" 60
+    wait_for "(( \$(wc -l <$acked) > $before + 4 ))" 120
     check "$1: the writer goes on" kill -0 "$writer"
 }
 
