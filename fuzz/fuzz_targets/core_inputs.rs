@@ -187,6 +187,7 @@ impl World {
                 al_updates: choice & 16 == 0,
                 ..VolumeConfig::new(VOLUME)
             }],
+            options: lockstep_replicator::core::config::ResourceOptions::default(),
         });
         let mut nodes = [0, 1].map(|at: usize| Node::new(configs[at].clone(), at as u64 + 1, Time(0)));
         if choice & 32 == 0 {

@@ -62,6 +62,7 @@ fn config(id: u32) -> ResourceConfig {
         peer_name: name(1 - id),
         net,
         volumes: vec![VolumeConfig::new(VOLUME)],
+        options: lockstep_replicator::core::config::ResourceOptions::default(),
     }
 }
 

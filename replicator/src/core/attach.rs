@@ -293,6 +293,7 @@ impl Resource {
         let older = self.role == Role::Primary && shown != 0 && shown != masked(device.uuids.current);
         match device.md_disk {
             DiskState::Consistent | DiskState::UpToDate if older => DiskState::Outdated,
+            DiskState::Consistent if self.stays_consistent(volume) => DiskState::Consistent,
             DiskState::Consistent => DiskState::UpToDate,
             other => other,
         }
@@ -413,6 +414,7 @@ impl Resource {
     }
 
     fn release_disk(&mut self, volume: usize) {
+        self.forget_local_legs(volume);
         // What the application goes on with: the peer's generation, which may have changed since our
         // disk left; only that data may be attached again (SEM §9).
         let nr = u32::from(self.devices[volume].nr.0);
@@ -523,15 +525,6 @@ impl Resource {
         }
         self.open_gate_without_disk(volume);
         self.drain_receive_queue();
-        if self.role == Role::Primary && !self.devices[volume].peer_readable() {
-            self.note(
-                Severity::Error,
-                format!(
-                    "volume {}: the last good copy is gone; IO fails until a peer with good data connects",
-                    nr.0
-                ),
-            );
-        }
         if self.handshake_running() {
             self.drop_session(ConnState::NetworkFailure, "the local disk failed during the handshake");
         }

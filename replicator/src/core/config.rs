@@ -24,6 +24,55 @@ pub enum OnIoError {
     Detach,
 }
 
+/// What a Primary does about a peer it has lost (SEM §16).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Fencing {
+    /// Nothing.
+    #[default]
+    DontCare,
+    /// The handler runs, IO goes on.
+    ResourceOnly,
+    /// The handler runs, IO is frozen until it succeeded or the peer is back.
+    ResourceAndStonith,
+}
+
+/// What a Primary without any good copy does with IO (SEM §22).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum OnNoData {
+    /// It fails.
+    #[default]
+    IoError,
+    /// It waits.
+    SuspendIo,
+}
+
+/// What a Primary under protocol A does when too much is on its way to the peer (SEM §24).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum OnCongestion {
+    /// The application waits.
+    #[default]
+    Block,
+    /// Stop mirroring and only keep books.
+    PullAhead,
+    /// End the connection.
+    Disconnect,
+}
+
+/// The `options` section: what concerns the whole resource.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ResourceOptions {
+    /// Default io-error.
+    pub on_no_data: OnNoData,
+    /// `suspend-io` ends by itself after this long unless it is renewed, ms; 0 = never. Default 120 s.
+    pub suspend_lease_ms: u64,
+}
+
+impl Default for ResourceOptions {
+    fn default() -> Self {
+        Self { on_no_data: OnNoData::IoError, suspend_lease_ms: 120_000 }
+    }
+}
+
 /// How writes of different epochs are kept apart on the receiving disk (SEM §8).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum WriteOrdering {
@@ -163,6 +212,8 @@ pub struct ResourceConfig {
     pub net: NetConfig,
     /// Volumes, by number.
     pub volumes: Vec<VolumeConfig>,
+    /// Options of the whole resource.
+    pub options: ResourceOptions,
 }
 
 /// The `net` options the core acts on.
@@ -195,6 +246,14 @@ pub struct NetConfig {
     pub always_asbp: bool,
     /// Default disconnect.
     pub rr_conflict: RrConflict,
+    /// Default dont-care.
+    pub fencing: Fencing,
+    /// Default block. Anything else needs protocol A.
+    pub on_congestion: OnCongestion,
+    /// Sectors of one volume sent and not barrier-acked that count as congestion; 0 = never. Default 0.
+    pub congestion_fill_sectors: u64,
+    /// Extents with writes in flight that count as congestion. Default 1237.
+    pub congestion_extents: u64,
 }
 
 impl Default for NetConfig {
@@ -213,6 +272,10 @@ impl Default for NetConfig {
             after_sb_2pri: AfterSb2Pri::Disconnect,
             always_asbp: false,
             rr_conflict: RrConflict::Disconnect,
+            fencing: Fencing::DontCare,
+            on_congestion: OnCongestion::Block,
+            congestion_fill_sectors: 0,
+            congestion_extents: 1237,
         }
     }
 }
@@ -234,6 +297,8 @@ pub struct VolumeConfig {
     pub write_ordering: WriteOrdering,
     /// Fixed resync rate, KiB/s; `None` = as fast as the window allows.
     pub resync_rate_kib_s: Option<u64>,
+    /// A local IO older than this costs the disk, ms; 0 = never. Default 0.
+    pub disk_timeout_ms: u64,
 }
 
 impl VolumeConfig {
@@ -248,6 +313,7 @@ impl VolumeConfig {
             on_io_error: OnIoError::Detach,
             write_ordering: WriteOrdering::Flush,
             resync_rate_kib_s: None,
+            disk_timeout_ms: 0,
         }
     }
 }

@@ -55,6 +55,8 @@ pub(super) struct Device {
     /// The last stable disk state, which the superblock's flags describe while the disk is in transit.
     pub(super) md_disk: DiskState,
     pub(super) peer_disk: DiskState,
+    /// What the peer itself said of its disk last; `peer_disk` may be our own conclusion.
+    pub(super) peer_said: DiskState,
     pub(super) repl: ReplState,
     pub(super) uuids: UuidSet,
     /// Generation of the data a diskless Primary shows (SEM §9).
@@ -126,6 +128,7 @@ impl Device {
             disk: DiskState::Diskless,
             md_disk: DiskState::Diskless,
             peer_disk: DiskState::DUnknown,
+            peer_said: DiskState::DUnknown,
             repl: ReplState::Off,
             uuids: UuidSet::default(),
             exposed_uuid: 0,

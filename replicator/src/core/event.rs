@@ -366,6 +366,10 @@ pub enum AdminCommand {
         /// How.
         options: ResizeOptions,
     },
+    /// Let no request of the application through; replies when those in hand are through. A lease.
+    SuspendIo,
+    /// Let requests through again, whatever held them back.
+    ResumeIo,
     /// Disconnect, demote, detach everything; replies when all metadata is clean.
     Down,
 }

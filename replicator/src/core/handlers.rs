@@ -14,6 +14,8 @@ const MAX_OPEN: usize = 64;
 pub(super) enum Purpose {
     /// Somebody is told; nothing depends on the answer.
     Notice,
+    /// The fate of the peer (`fencing.rs`).
+    Fence,
 }
 
 /// The handlers that run.
@@ -53,6 +55,7 @@ impl Resource {
         self.note(Severity::Info, format!("handler {}: {how}", name.name()));
         match purpose {
             Purpose::Notice => {}
+            Purpose::Fence => self.on_fence_answer(token, exit_code),
         }
     }
 

@@ -77,7 +77,7 @@ impl Resource {
             allow_two_primaries: net.allow_two_primaries,
             discard_my_data: self.discard_my_data,
             tentative: self.tentative,
-            session_nonce: 0,
+            session_nonce: self.life,
             max_payload_bytes: u32::try_from(limits::MAX_PAYLOAD_BYTES).unwrap_or(u32::MAX),
         };
         self.send(Message::Hello(hello), Payload::None);
@@ -133,6 +133,7 @@ impl Resource {
             session.handshake.peer_always_asbp = hello.always_asbp;
             session.handshake.peer_rr_conflict = rr_conflict;
             session.handshake.peer_tentative = hello.tentative;
+            session.peer_life = hello.session_nonce;
         }
         self.handshake_try_send();
     }
@@ -550,6 +551,7 @@ impl Resource {
     }
 
     fn act_on(&mut self, volume: usize, decision: &Decision) {
+        self.devices[volume].peer_said = decision.theirs.disk;
         if let Err(why) = self.agree_on_size(volume, true) {
             return self.refuse_peer(&why, "give both nodes backing devices of the same size");
         }
@@ -704,6 +706,7 @@ impl Resource {
             let Some(disk) = DiskState::from_wire(entry.disk_state) else {
                 return self.protocol_error("an unknown disk state");
             };
+            self.devices[volume].peer_said = disk;
             // During a resync the end is told by ResyncFinished, not by a state alone.
             let resyncing = self.devices[volume].resync.is_some();
             if resyncing && disk > DiskState::Inconsistent {

@@ -24,6 +24,8 @@ pub(super) struct Session {
     /// When anything was last heard.
     pub(super) heard: Time,
     pub(super) ping_sent: Option<Time>,
+    /// Which life of the peer this is: another number means that it was started anew.
+    pub(super) peer_life: u64,
 }
 
 impl Resource {
@@ -38,8 +40,13 @@ impl Resource {
             self.out.push_back(Output::Disconnect { session: id, reason });
             return;
         }
-        self.session =
-            Some(Session { id, handshake: Handshake::default(), heard: self.now, ping_sent: None });
+        self.session = Some(Session {
+            id,
+            handshake: Handshake::default(),
+            heard: self.now,
+            ping_sent: None,
+            peer_life: 0,
+        });
         self.timers.set(Timer::Handshake, self.now.plus_ms(self.cfg.net.connect_int_ms));
         self.start_handshake();
     }
@@ -159,9 +166,7 @@ impl Resource {
 
     /// Everything that belonged to the session ends. `retry`: go on connecting, else StandAlone.
     pub(super) fn end_session(&mut self, state: ConnState, retry: bool) {
-        if self.session.take().is_none() {
-            return;
-        }
+        let Some(ended) = self.session.take() else { return };
         for timer in
             [Timer::Handshake, Timer::Ping, Timer::PingTimeout, Timer::Ko, Timer::IdleBarrier, Timer::Resync]
         {
@@ -180,16 +185,25 @@ impl Resource {
                 let by_flags = self.disk_state_alone(volume);
                 self.set_disk(volume, by_flags);
             }
-            let known =
-                matches!(self.devices[volume].peer_disk, DiskState::Inconsistent | DiskState::Outdated);
+            let bad = |disk| matches!(disk, DiskState::Inconsistent | DiskState::Outdated);
+            // Of a resync that had just begun here the peer may not have heard.
+            let said = !ended.handshake.is_done() || bad(self.devices[volume].peer_said);
+            let known = bad(self.devices[volume].peer_disk) && said;
+            self.devices[volume].peer_said = DiskState::DUnknown;
             if !known {
                 self.set_peer_disk_fact(volume, DiskState::DUnknown);
             }
-            if was_primary {
+        }
+        if was_primary && ended.handshake.is_done() {
+            self.fence_lost_peer();
+        }
+        // Frozen, nothing completes: the new generation is deferred until it is needed (SEM §12).
+        for volume in (0..self.devices.len()).filter(|_| was_primary) {
+            if !self.suspension.is_frozen() {
                 self.new_generation_if_alone(volume);
             }
         }
-        self.fail_peer_legs();
+        self.fail_peer_legs(ended.peer_life);
         self.abort_receive();
         self.role_session_lost();
         self.resize_session_lost();
@@ -341,9 +355,23 @@ impl Resource {
         if !force && let Err(refused) = self.check_peer_needs_us("disconnect") {
             return self.reply(reply, Err(refused));
         }
+        if !force && self.outdate_peer_before_leaving(reply) {
+            return;
+        }
+        self.leave(reply, force);
+    }
+
+    /// The graceful checks are done.
+    pub(super) fn leave(&mut self, reply: Reply, force: bool) {
+        if !force {
+            self.outdate_before_leaving();
+        }
         self.go_stand_alone("disconnected by the operator");
         // Done when the new generation of a Primary is durable, so that nothing is half-way afterwards.
-        match self.devices.iter().position(|device| device.uuid_gate.is_some()) {
+        match (0..self.devices.len()).find(|volume| {
+            self.devices[*volume].uuid_gate.is_some()
+                || (self.devices[*volume].disk == DiskState::Outdated && self.md_busy(*volume))
+        }) {
             Some(volume) => match reply {
                 Reply::Admin(id) => self.md_then(volume, super::metadata::SuperblockThen::Reply(id)),
                 Reply::Internal => {}
@@ -411,6 +439,9 @@ impl Resource {
         let nr = device.nr;
         if old != new {
             self.event(Event::Repl(nr, old, new));
+            if (old, new) == (ReplState::SyncSource, ReplState::Established) {
+                self.unfence_after_resync();
+            }
         }
     }
 

@@ -59,6 +59,8 @@ pub(super) enum SuperblockThen {
     FullSyncRecorded,
     /// Answer this verb.
     Reply(super::event::AdminId),
+    /// Answer this question of the peer.
+    AnswerPeer(u64),
 }
 
 /// What goes on once a bitmap job is done.
@@ -278,6 +280,7 @@ impl Resource {
             SuperblockThen::TargetFinish => self.target_finished(volume),
             SuperblockThen::FullSyncRecorded => self.full_sync_recorded(volume),
             SuperblockThen::Reply(id) => self.reply(super::Reply::Admin(id), Ok(())),
+            SuperblockThen::AnswerPeer(id) => self.answer_peer(id),
         }
     }
 

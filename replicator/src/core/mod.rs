@@ -20,6 +20,7 @@
 //! | `resync/` | bitmap exchange, source, target |
 //! | `role.rs`, `verbs.rs` | operators' verbs and refusals |
 //! | `handlers.rs` | operators' programs that are run at certain events |
+//! | `suspend.rs`, `fencing.rs` | IO that waits, and the fate of a peer that is away |
 //! | `bitmap.rs`, `activity_log.rs`, `interval.rs`, `timer.rs` | leaves without knowledge of the rest |
 //!
 //! Invariants I1-I8 (`docs/invariants.md`) are kept here and asserted where they are cheap to see.
@@ -34,6 +35,7 @@ mod conflict;
 mod device;
 pub mod event;
 pub mod explain;
+mod fencing;
 mod handlers;
 mod handshake;
 pub mod interval;
@@ -49,6 +51,7 @@ mod resync;
 mod role;
 pub mod state;
 pub mod status;
+mod suspend;
 pub mod timer;
 pub mod transfer_log;
 pub mod uuid;
@@ -109,6 +112,8 @@ pub struct Resource {
     cfg: ResourceConfig,
     now: Time,
     random: u64,
+    /// Number of this life, for the peer.
+    life: u64,
     role: Role,
     /// The superblock says Primary: from the first step of a promotion to the last of a demotion.
     md_primary: bool,
@@ -143,6 +148,8 @@ pub struct Resource {
     parked: VecDeque<(AdminId, AdminCommand)>,
     next_state_request: u64,
     handlers: handlers::Handlers,
+    suspension: suspend::Suspension,
+    fence: fencing::Fence,
     /// Scratch list of lock owners, kept for its memory.
     granted: Vec<LockOwner>,
 }
@@ -156,6 +163,7 @@ impl Resource {
             cfg: config,
             now,
             random: seed,
+            life: seed.rotate_left(23) ^ now.0 ^ 0x5bd1_e995_7b93_1a2d,
             role: Role::Secondary,
             md_primary: false,
             peer_role: Role::Unknown,
@@ -183,6 +191,8 @@ impl Resource {
             parked: VecDeque::new(),
             next_state_request: 0,
             handlers: handlers::Handlers::default(),
+            suspension: suspend::Suspension::default(),
+            fence: fencing::Fence::default(),
             granted: Vec::new(),
         }
     }
@@ -246,6 +256,7 @@ impl Resource {
             && self.ios.is_empty()
             && self.metas.is_empty()
             && self.tl.is_empty()
+            && self.suspension.is_idle()
             && self.devices.iter().all(|device| {
                 device.locks.is_idle() && device.al.as_ref().is_none_or(|al| al.references() == 0)
             })
@@ -265,6 +276,7 @@ impl Resource {
             Timer::Ko => self.on_ko(),
             Timer::IdleBarrier => self.send_barriers(),
             Timer::Resync => self.on_resync_tick(),
+            Timer::SuspendLease => self.on_suspend_lease(),
         }
     }
 
@@ -277,6 +289,8 @@ impl Resource {
             }
         }
         self.progress_down();
+        self.progress_fencing();
+        self.progress_suspension();
     }
 
     fn on_disk_done(&mut self, id: IoId, result: Result<event::DiskOk, event::IoError>) {

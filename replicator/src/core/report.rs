@@ -28,7 +28,7 @@ impl Resource {
             name: self.cfg.name.clone(),
             node_id: self.cfg.node_id,
             role: self.role,
-            suspended: Vec::new(),
+            suspended: self.suspend_reasons(),
             write_ordering: match ordering {
                 Some(WriteOrdering::Flush) => "flush",
                 Some(WriteOrdering::Drain) => "drain",
@@ -49,7 +49,7 @@ impl Resource {
                     .sum(),
                 peer_volumes: (0..self.devices.len()).map(|at| self.peer_volume_status(at, now)).collect(),
             },
-            waiting_for: self.waits(),
+            waiting_for: self.waits(now),
         }
     }
 
@@ -106,8 +106,8 @@ impl Resource {
     }
 
     /// What keeps something from going on, in words an operator can act on.
-    fn waits(&self) -> Vec<String> {
-        let mut waits = Vec::new();
+    fn waits(&self, now: Time) -> Vec<String> {
+        let mut waits = self.suspend_waits(now);
         let peer = &self.cfg.peer_name;
         if self.conn == ConnState::Connecting {
             waits.push(if self.session.is_some() {

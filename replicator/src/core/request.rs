@@ -11,7 +11,7 @@
 //! | C | `WriteAck` |
 //!
 //! A flush, and FUA, under protocol C completes only when both copies are stable.
-use super::config::Protocol;
+use super::config::{OnNoData, Protocol};
 use super::conflict::Place;
 use super::device::{AlUser, MirrorMode};
 use super::event::{
@@ -89,9 +89,17 @@ pub(super) struct Request {
     in_sync_at_peer: bool,
     /// A read that was already retried at the other copy.
     retried: bool,
+    /// A write that the end of a connection interrupted while IO was held back: it goes to the copies
+    /// again when one takes it (`suspend.rs`).
+    pub(super) again: bool,
 }
 
 impl Request {
+    /// A write that was handed out and is not through.
+    pub(super) fn is_begun_write(&self) -> bool {
+        self.op != RequestOp::Read && self.submitted && !self.completed
+    }
+
     /// Something of it is at the peer and unanswered.
     pub(super) fn waits_for_peer(&self) -> bool {
         self.peer == Leg::Pending
@@ -163,19 +171,26 @@ impl Resource {
             completed: false,
             in_sync_at_peer: false,
             retried: false,
+            again: false,
         });
-        if request.op == RequestOp::Read {
+        if self.io_suspended() {
+            self.park_request(key);
+        } else {
+            self.begin_request(key);
+        }
+    }
+
+    /// A request that was let in, now or when suspended IO goes on.
+    pub(super) fn begin_request(&mut self, key: usize) {
+        let Request { volume, range, op, .. } = self.requests[key];
+        if op == RequestOp::Read {
             self.submit_read(key);
             return;
         }
         let follows = self.follows();
         let locks = &mut self.devices[volume].locks;
         let owner = LockOwner::Request(key);
-        let locked = if follows {
-            locks.lock_yielding(request.range, owner)
-        } else {
-            locks.lock(request.range, owner)
-        };
+        let locked = if follows { locks.lock_yielding(range, owner) } else { locks.lock(range, owner) };
         if locked {
             self.request_locked(key);
         }
@@ -246,6 +261,10 @@ impl Resource {
         let good_local = local && device.disk == DiskState::UpToDate;
         let good_remote = mode == MirrorMode::Data && device.peer_disk == DiskState::UpToDate;
         self.requests[key].submitted = true;
+        if !good_local && !good_remote && self.waits_for_data(volume) {
+            self.requests[key].again = true;
+            return;
+        }
         if !good_local && !good_remote {
             // Never write to a lone copy that is not good (S26).
             self.finish_request(key, Err(RequestError::Io));
@@ -453,6 +472,26 @@ impl Resource {
                 return;
             }
             let volume = request.volume;
+            if self.suspension.is_frozen() {
+                return;
+            }
+            if request.again {
+                if request.in_log || self.waits_for_data(volume) {
+                    return;
+                }
+                let local = self.requests[key].local;
+                self.requests[key].again = false;
+                if local != Leg::Ok && self.devices[volume].disk == DiskState::UpToDate {
+                    return self.send_again(key);
+                }
+                if self.sends_again(volume) {
+                    return if self.peer_forgot(volume) {
+                        self.fail_forgotten(key);
+                    } else {
+                        self.send_again(key);
+                    };
+                }
+            }
             if self.devices[volume].uuid_gate.is_some() {
                 if !self.devices[volume].gated.contains(&key) {
                     self.devices[volume].gated.push(key);
@@ -463,11 +502,35 @@ impl Resource {
             // A copy that is not good vouches for nothing, least of all alone (S26).
             let good_local = device.md_disk == DiskState::UpToDate
                 && matches!(device.disk, DiskState::UpToDate | DiskState::Detaching);
+            let request = &self.requests[key];
             let good =
                 (request.local == Leg::Ok && good_local) || matches!(request.peer, Leg::Ok | Leg::Sent);
+            if !good && self.waits_for_data(volume) {
+                self.requests[key].again = true;
+                return;
+            }
             self.complete_request(key, if good { Ok(()) } else { Err(RequestError::Io) });
         }
         self.forget_if_done(key);
+    }
+
+    /// The disk of these writes is let go: what it took before it is used again is not relied on.
+    pub(super) fn forget_local_legs(&mut self, volume: usize) {
+        for (_, request) in self.requests.iter_mut() {
+            if request.volume == volume && !request.completed && request.local == Leg::Ok {
+                request.local = Leg::Failed;
+            }
+        }
+    }
+
+    /// Both legs start over: the range is still ours, and so are the extents unless their log is gone.
+    fn send_again(&mut self, key: usize) {
+        let request = &mut self.requests[key];
+        (request.local, request.peer, request.epoch) = (Leg::None, Leg::None, None);
+        request.submitted = false;
+        request.rewrite = false;
+        request.in_sync_at_peer = false;
+        self.request_locked(key);
     }
 
     fn complete_request(&mut self, key: usize, result: Result<(), RequestError>) {
@@ -489,7 +552,7 @@ impl Resource {
     }
 
     /// Fails or finishes a write that was never handed to any copy.
-    fn finish_request(&mut self, key: usize, result: Result<(), RequestError>) {
+    pub(super) fn finish_request(&mut self, key: usize, result: Result<(), RequestError>) {
         self.complete_request(key, result);
         self.forget_if_done(key);
     }
@@ -531,8 +594,11 @@ impl Resource {
 
     /// The connection is gone, or the peer's disk of one volume: what it did not declare stable may be
     /// missing there, so it is marked; then the legs end (SEM §7 "connection loss").
-    pub(super) fn fail_peer_legs(&mut self) {
+    pub(super) fn fail_peer_legs(&mut self, peer_life: u64) {
         let unacked = self.tl.take_all();
+        let frozen = self.suspension.is_frozen();
+        let wait = self.cfg.options.on_no_data == OnNoData::SuspendIo;
+        let mut again = false;
         for key in &unacked {
             let request = &mut self.requests[*key];
             request.in_log = false;
@@ -542,8 +608,13 @@ impl Resource {
             if request.peer != Leg::Ok {
                 request.peer = Leg::Failed;
             }
+            request.again = !request.completed && (frozen || request.peer != Leg::Ok && wait);
+            again |= request.again;
             self.devices[volume].mark(range);
             self.ordered(*key);
+        }
+        if again {
+            self.remember_peer_life(peer_life);
         }
         for key in unacked {
             if self.requests.contains(key) {
@@ -558,7 +629,11 @@ impl Resource {
             .collect();
         for key in reads {
             self.requests[key].peer = Leg::Failed;
-            self.retry_read(key);
+            if frozen {
+                self.park_read(key);
+            } else {
+                self.retry_read(key);
+            }
         }
         self.try_complete_flushes();
     }
@@ -635,6 +710,9 @@ impl Resource {
                 return;
             }
         };
+        if self.io_suspended() {
+            return self.park_flush(id, volume);
+        }
         let newest = self.close_epoch();
         let local = self.devices[at].writable();
         // A and B promise the local copy only; without one, the peer's is the one.
@@ -682,12 +760,18 @@ impl Resource {
         if flush.local == Leg::Pending || !acked || self.devices[flush.volume].uuid_gate.is_some() {
             return;
         }
+        if self.suspension.is_frozen() {
+            return;
+        }
         let good = match flush.local {
             Leg::Ok => true,
             // Nothing but the peer's stable copy counts then.
             Leg::None | Leg::Failed => self.devices[flush.volume].peer_readable(),
             Leg::Pending | Leg::Sent => false,
         };
+        if !good && self.waits_for_data(flush.volume) {
+            return;
+        }
         let flush = self.flushes.remove(key);
         let result = if good { Ok(()) } else { Err(RequestError::Io) };
         self.out.push_back(Output::Complete { id: flush.id, result, data: None });
@@ -711,9 +795,18 @@ impl Resource {
             };
             self.requests[key].peer = Leg::Pending;
             self.send(Message::DataRequest(header), Payload::None);
+        } else if self.waits_for_data(volume) {
+            self.park_read(key);
         } else {
             self.complete_read(key, Err(RequestError::Io), None);
         }
+    }
+
+    /// No copy can be read now: from the start again when IO goes on.
+    fn park_read(&mut self, key: usize) {
+        let request = &mut self.requests[key];
+        (request.local, request.peer, request.retried) = (Leg::None, Leg::None, false);
+        self.park_request(key);
     }
 
     fn on_local_read_done(&mut self, key: usize, result: Result<DiskOk, IoError>) {
@@ -734,7 +827,10 @@ impl Resource {
 
     /// One copy failed: the other one, once.
     fn retry_read(&mut self, key: usize) {
-        if std::mem::replace(&mut self.requests[key].retried, true) {
+        let volume = self.requests[key].volume;
+        if self.waits_for_data(volume) {
+            self.park_read(key);
+        } else if std::mem::replace(&mut self.requests[key].retried, true) {
             self.complete_read(key, Err(RequestError::Io), None);
         } else {
             self.submit_read(key);

@@ -38,6 +38,8 @@ enum RoleStep {
     Probe,
     /// Waiting for the peer's consent.
     AskPeer(u64),
+    /// Waiting for this run of fence-peer.
+    Fence(super::event::HandlerToken),
     /// The superblocks say Primary as soon as they are durable.
     Promote,
     /// Waiting for requests and barrier acks.
@@ -75,9 +77,9 @@ impl Resource {
 
     /// Facts that a handshake announces are about to change.
     pub(super) fn role_change_writes(&self) -> bool {
-        self.role_change
-            .as_ref()
-            .is_some_and(|change| !matches!(change.step, RoleStep::Probe | RoleStep::AskPeer(_)))
+        self.role_change.as_ref().is_some_and(|change| {
+            !matches!(change.step, RoleStep::Probe | RoleStep::AskPeer(_) | RoleStep::Fence(_))
+        })
     }
 
     // ---- promotion ----------------------------------------------------------------------------
@@ -92,8 +94,18 @@ impl Resource {
                 self.role_change = Some(RoleChange { reply, force, step: RoleStep::Probe, left: 0 });
                 return;
             }
+            if self.role_change.is_none() && self.handler_may_help(&refused) {
+                let step = RoleStep::Fence(self.fence_for_promotion());
+                self.role_change = Some(RoleChange { reply, force, step, left: 0 });
+                return;
+            }
             return self.reply(reply, Err(refused));
         }
+        self.promote_checked(reply, force);
+    }
+
+    /// Nothing forbids it here.
+    fn promote_checked(&mut self, reply: Reply, force: bool) {
         if self.conn == ConnState::Connected {
             let id = self.ask_peer(Kind::Promote, 0, 0);
             self.role_change = Some(RoleChange { reply, force, step: RoleStep::AskPeer(id), left: 0 });
@@ -112,6 +124,22 @@ impl Resource {
                 Ok(()) => self.promote(change.reply, change.force),
                 Err(refused) => self.reply(change.reply, Err(refused)),
             }
+        }
+    }
+
+    /// The handler of a promotion answered, and what it said about the peer is recorded.
+    pub(super) fn promotion_fence_done(&mut self, token: super::event::HandlerToken) {
+        if self.role_change.as_ref().is_none_or(|change| change.step != RoleStep::Fence(token)) {
+            return;
+        }
+        let Some(change) = self.role_change.take() else { return };
+        match self.check_promote(change.force) {
+            Err(refused) if refused.number == super::fencing::PEER_NOT_OUTDATED && change.force => {
+                self.assume_peer_outdated();
+                self.promote_checked(change.reply, change.force);
+            }
+            Err(refused) => self.reply(change.reply, Err(refused)),
+            Ok(()) => self.promote_checked(change.reply, change.force),
         }
     }
 
@@ -162,7 +190,7 @@ impl Resource {
             };
             return Err(refusal(-2, "Need access to UpToDate data", facts, &advice));
         }
-        Ok(())
+        self.check_fenced()
     }
 
     /// The promotion on its way will declare data good that nobody knows to be good.
@@ -344,7 +372,11 @@ impl Resource {
             RoleStep::Promote => self.finish_promote(),
             RoleStep::Settle => self.demote_write(),
             RoleStep::Demote => self.finish_demote(),
-            RoleStep::Receive | RoleStep::Probe | RoleStep::AskPeer(_) | RoleStep::Drain => {}
+            RoleStep::Receive
+            | RoleStep::Probe
+            | RoleStep::AskPeer(_)
+            | RoleStep::Fence(_)
+            | RoleStep::Drain => {}
         }
     }
 
@@ -431,6 +463,9 @@ impl Resource {
         if matches!(kind, Kind::ResizeAsk | Kind::ResizeCommit) {
             return self.on_resize_request(request, kind);
         }
+        if kind == Kind::Outdate && self.role != Role::Primary && self.role_change.is_none() {
+            return self.outdate_for_peer(request.id);
+        }
         let answer = self.judge_state_request(request);
         let (result, text) = match &answer {
             Ok(()) => (1, String::new()),
@@ -442,7 +477,7 @@ impl Resource {
             && let Some(volume) = self.wire_device(request.volume)
         {
             match request.kind() {
-                Kind::Promote | Kind::Detach | Kind::ResizeAsk | Kind::ResizeCommit => {}
+                Kind::Promote | Kind::Detach | Kind::ResizeAsk | Kind::ResizeCommit | Kind::Outdate => {}
                 Kind::StartFullSyncAsTarget => self.begin_resync(volume, true, true, DiskState::Inconsistent),
                 Kind::StartFullSyncAsSource => self.begin_resync(volume, false, true, DiskState::UpToDate),
                 Kind::SkipInitialSync => self.skip_initial_sync(volume, request.uuid_current),
@@ -458,9 +493,14 @@ impl Resource {
             let mine_first = match promoting {
                 Some(RoleStep::AskPeer(_)) => lower,
                 Some(RoleStep::Receive | RoleStep::Promote) => true,
-                Some(RoleStep::Probe | RoleStep::Drain | RoleStep::Settle | RoleStep::Demote) | None => {
-                    self.role == Role::Primary
-                }
+                Some(
+                    RoleStep::Probe
+                    | RoleStep::Fence(_)
+                    | RoleStep::Drain
+                    | RoleStep::Settle
+                    | RoleStep::Demote,
+                )
+                | None => self.role == Role::Primary,
             };
             if mine_first && !self.two_primaries_allowed() {
                 let facts = vec![format!("{} is {} or becoming Primary", self.cfg.node_name, self.role)];
@@ -473,6 +513,10 @@ impl Resource {
                 return Err(refusal(-19, "Concurrent state changes detected and aborted", facts, ""));
             }
             return Ok(());
+        }
+        if kind == Kind::Outdate {
+            let facts = vec![format!("{} is {} or changing", self.cfg.node_name, self.role)];
+            return Err(refusal(-6, "Refusing to be Outdated while Connected", facts, ""));
         }
         let Some(volume) = self.wire_device(request.volume) else {
             return Err(refusal(
@@ -504,6 +548,7 @@ impl Resource {
             | Kind::Detach
             | Kind::ResizeAsk
             | Kind::ResizeCommit
+            | Kind::Outdate
             | Kind::StartFullSyncAsTarget
             | Kind::StartFullSyncAsSource
             | Kind::SkipInitialSync => Ok(()),
@@ -545,12 +590,15 @@ impl Resource {
         if let Some(refused) = refused {
             return self.reply(asked.reply, Err(refused));
         }
+        if asked.kind == Kind::Outdate {
+            return self.leave(asked.reply, false);
+        }
         let device = &self.devices[asked.volume];
         let fits = match asked.kind {
             Kind::StartFullSyncAsTarget => self.role != Role::Primary && self.role_change.is_none(),
             Kind::StartFullSyncAsSource => device.disk == DiskState::UpToDate,
             Kind::SkipInitialSync => device.uuids.current & !1 == UUID_JUST_CREATED,
-            Kind::Promote | Kind::Detach | Kind::ResizeAsk | Kind::ResizeCommit => true,
+            Kind::Promote | Kind::Detach | Kind::ResizeAsk | Kind::ResizeCommit | Kind::Outdate => true,
         };
         let ready = device.writable()
             && device.repl == ReplState::Established
@@ -572,7 +620,7 @@ impl Resource {
                 self.begin_resync(asked.volume, true, true, DiskState::Inconsistent);
             }
             Kind::SkipInitialSync => self.skip_initial_sync(asked.volume, asked.uuid),
-            Kind::Promote | Kind::Detach | Kind::ResizeAsk | Kind::ResizeCommit => {}
+            Kind::Promote | Kind::Detach | Kind::ResizeAsk | Kind::ResizeCommit | Kind::Outdate => {}
         }
         self.reply(asked.reply, Ok(()));
     }

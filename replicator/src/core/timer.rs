@@ -26,6 +26,8 @@ timers! {
     IdleBarrier,
     /// Resync: ask for more, or write cleared bitmap pages lazily.
     Resync,
+    /// `suspend-io` was not renewed.
+    SuspendLease,
 }
 
 /// When each timer fires.

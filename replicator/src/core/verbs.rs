@@ -16,7 +16,11 @@ pub(super) fn refusal(number: i32, text: &str, facts: Vec<String>, advice: &str)
 impl Resource {
     pub(super) fn on_admin(&mut self, id: AdminId, command: AdminCommand) {
         let waits = match &command {
-            AdminCommand::Connect { .. } | AdminCommand::Disconnect { .. } | AdminCommand::Down => false,
+            AdminCommand::Connect { .. }
+            | AdminCommand::Disconnect { .. }
+            | AdminCommand::SuspendIo
+            | AdminCommand::ResumeIo
+            | AdminCommand::Down => false,
             AdminCommand::Attach { .. }
             | AdminCommand::Detach { .. }
             | AdminCommand::Primary { .. }
@@ -79,6 +83,8 @@ impl Resource {
             AdminCommand::Resize { volume, options } => {
                 self.on_volume(reply, volume, |core, at| core.resize(reply, at, options));
             }
+            AdminCommand::SuspendIo => self.suspend_io(id),
+            AdminCommand::ResumeIo => self.resume_io(reply),
             AdminCommand::Down => self.start_down(id),
         }
     }
@@ -294,6 +300,7 @@ impl Resource {
             }
             return;
         }
+        self.outdate_before_leaving();
         self.go_stand_alone("down");
         if self.disk_in_transit() || self.devices.iter().any(|device| device.disk == DiskState::Negotiating) {
             return;

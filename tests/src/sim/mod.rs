@@ -28,6 +28,7 @@ pub mod orders;
 pub mod plan;
 pub mod real_area;
 pub mod run;
+pub mod script;
 pub mod world;
 
 pub use world::{Options, World};

@@ -2,7 +2,7 @@
 use super::Rng;
 use super::disk::Disk;
 use lockstep_replicator::core::Resource;
-use lockstep_replicator::core::config::{NetConfig, ResourceConfig, VolumeConfig};
+use lockstep_replicator::core::config::{NetConfig, ResourceConfig, ResourceOptions, VolumeConfig};
 use lockstep_replicator::core::event::{
     AdminId, BufferId, DiskIo, IoId, MetaId, MetaWrite, Refusal, RequestId, SessionId,
 };
@@ -111,7 +111,12 @@ impl Node {
 
     /// The configuration of this node.
     #[must_use]
-    pub fn config(&self, net: &NetConfig, volume: &VolumeConfig) -> ResourceConfig {
+    pub fn config(
+        &self,
+        net: &NetConfig,
+        volume: &VolumeConfig,
+        options: &ResourceOptions,
+    ) -> ResourceConfig {
         let (own, peer) = if self.index == 0 { (0, 1) } else { (1, 0) };
         ResourceConfig {
             name: "r0".into(),
@@ -121,6 +126,7 @@ impl Node {
             peer_name: format!("n{peer}"),
             net: net.clone(),
             volumes: vec![volume.clone()],
+            options: options.clone(),
         }
     }
 

@@ -8,7 +8,7 @@ use super::oracle::Oracle;
 pub use super::orders::Choice;
 use lockstep_proto::Message;
 use lockstep_replicator::core::Resource;
-use lockstep_replicator::core::config::{NetConfig, VolumeConfig};
+use lockstep_replicator::core::config::{NetConfig, ResourceOptions, VolumeConfig};
 use lockstep_replicator::core::event::{
     AdminCommand, DiskIo, DiskOk, DiskOp, Event, HandlerName, HandlerToken, Input, IoError, IoId, MetaId,
     Output, Request, RequestId, RequestOp, SessionId,
@@ -37,6 +37,8 @@ pub struct Options {
     pub net: NetConfig,
     /// Volume options of both nodes.
     pub volume: VolumeConfig,
+    /// Options of the resource on both nodes.
+    pub resource: ResourceOptions,
     /// Print every event.
     pub verbose: bool,
 }
@@ -55,6 +57,7 @@ impl Options {
             weather: Weather::default(),
             net,
             volume,
+            resource: ResourceOptions::default(),
             verbose,
         }
     }
@@ -278,7 +281,7 @@ impl World {
     /// Starts a node without configuration verbs.
     pub fn boot(&mut self, node: usize) {
         let volume = self.nodes[node].volume.as_ref().unwrap_or(&self.options.volume);
-        let mut config = self.nodes[node].config(&self.options.net, volume);
+        let mut config = self.nodes[node].config(&self.options.net, volume, &self.options.resource);
         for nr in 1..self.volumes() {
             let nr = VolumeNr(u16::try_from(nr).unwrap_or(0));
             config.volumes.push(VolumeConfig { nr, ..config.volumes[0].clone() });

@@ -132,6 +132,13 @@ impl Resolver<'_> {
                 format!("resource '{name}': 'allow-two-primaries' needs protocol C, not {protocol}");
             self.sink.push(Problem::error(e.span, message));
         }
+        if net.text(&table::FENCING) == "resource-and-stonith" && protocol == "A" {
+            let message = format!(
+                "resource '{name}': 'fencing resource-and-stonith' freezes IO until the peer's state is known, which \
+                 protocol A cannot promise; use protocol B or C"
+            );
+            self.sink.push(Problem::error(e.span, message));
+        }
         let congestion = net.text(&table::ON_CONGESTION);
         if congestion != "block" && protocol != "A" {
             let message =

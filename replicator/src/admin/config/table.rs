@@ -77,9 +77,9 @@ options! {
     TCP_CORK: Net, "tcp-cork", boolean(true), V8, Known;
     ON_CONGESTION: Net, "on-congestion",
         Kind::Choice { values: &["block", "pull-ahead", "disconnect"], default: "block" },
-        V8, Known;
-    CONGESTION_FILL: Net, "congestion-fill", number(Unit::Sectors, 0, 0, 20971520), V8, Known;
-    CONGESTION_EXTENTS: Net, "congestion-extents", number(Unit::Count, 1237, 67, 65534), V8, Known;
+        V8, Used;
+    CONGESTION_FILL: Net, "congestion-fill", number(Unit::Sectors, 0, 0, 20971520), V8, Used;
+    CONGESTION_EXTENTS: Net, "congestion-extents", number(Unit::Count, 1237, 67, 65534), V8, Used;
     CSUMS_ALG: Net, "csums-alg", Kind::Text { max_len: 63 }, V8, Known;
     CSUMS_AFTER_CRASH_ONLY: Net, "csums-after-crash-only", boolean(false), V8, Known;
     VERIFY_ALG: Net, "verify-alg", Kind::Text { max_len: 63 }, V8, Known;
@@ -88,7 +88,7 @@ options! {
     FENCING: Net, "fencing",
         Kind::Choice { values: &["dont-care", "resource-only", "resource-and-stonith"],
             default: "dont-care" },
-        V8, Known;
+        V8, Used;
     ALLOW_REMOTE_READ: Net, "allow-remote-read", boolean(true), V9, Known;
     TLS: Net, "tls", boolean(false), V9, Known;
     TLS_KEYRING: Net, "tls-keyring",
@@ -138,7 +138,7 @@ options! {
     DISABLE_WRITE_SAME: Disk, "disable-write-same",
         boolean(false),
         V8, AcceptedWithoutMeaning("there is no write-same request");
-    DISK_TIMEOUT: Disk, "disk-timeout", number(Unit::Deciseconds, 0, 0, 6000), V8, Known;
+    DISK_TIMEOUT: Disk, "disk-timeout", number(Unit::Deciseconds, 0, 0, 6000), V8, Used;
     READ_BALANCING: Disk, "read-balancing",
         Kind::Choice { values: &["prefer-local", "prefer-remote", "round-robin", "least-pending",
             "when-congested-remote", "32K-striping", "64K-striping", "128K-striping", "256K-striping",
@@ -164,7 +164,7 @@ options! {
     CPU_MASK: Options, "cpu-mask", Kind::Text { max_len: 255 }, V8, Known;
     ON_NO_DATA_ACCESSIBLE: Options, "on-no-data-accessible",
         Kind::Choice { values: &["io-error", "suspend-io"], default: "io-error" },
-        V8, Known;
+        V8, Used;
     AUTO_PROMOTE: Options, "auto-promote", boolean(true), V9, Known;
     AUTO_PROMOTE_TIMEOUT: Options, "auto-promote-timeout", number(Unit::Deciseconds, 20, 0, 600), V9, Known;
     PEER_ACK_WINDOW: Options, "peer-ack-window",
@@ -238,6 +238,7 @@ options! {
         Kind::Choice { values: &["auto", "ublk", "nbd"], default: "auto" },
         Since::Lockstep, Used;
     SPIN_US: Lockstep, "spin-us", number(Unit::Microseconds, 0, 0, 1000), Since::Lockstep, Used;
+    SUSPEND_LEASE: Lockstep, "suspend-lease", number(Unit::Seconds, 120, 0, 86400), Since::Lockstep, Used;
 }
 
 /// Names that older versions used, and what they are called now.

@@ -4,8 +4,8 @@ use super::options::{Kind, OptionSet, OptionSpec};
 use super::resolve::is_number;
 use super::table as t;
 use crate::core::config::{
-    AfterSb0Pri, AfterSb1Pri, AfterSb2Pri, NetConfig, OnIoError, Protocol, ResourceConfig, RrConflict,
-    VolumeConfig, WriteOrdering,
+    AfterSb0Pri, AfterSb1Pri, AfterSb2Pri, Fencing, NetConfig, OnCongestion, OnIoError, OnNoData, Protocol,
+    ResourceConfig, ResourceOptions, RrConflict, VolumeConfig, WriteOrdering,
 };
 use crate::units::{SectorCount, VolumeNr};
 
@@ -90,7 +90,21 @@ impl Resource {
             peer_name: peer.name().to_owned(),
             net: net(&connection.net),
             volumes,
+            options: self.core_options(own),
         })
+    }
+}
+
+impl Resource {
+    fn core_options(&self, own: &Host) -> ResourceOptions {
+        let lockstep = own.lockstep.get(&t::SUSPEND_LEASE).map_or(&self.lockstep, |_| &own.lockstep);
+        ResourceOptions {
+            on_no_data: match self.options.text(&t::ON_NO_DATA_ACCESSIBLE) {
+                "suspend-io" => OnNoData::SuspendIo,
+                _ => OnNoData::IoError,
+            },
+            suspend_lease_ms: lockstep.number(&t::SUSPEND_LEASE) * 1000,
+        }
     }
 }
 
@@ -113,6 +127,18 @@ fn net(o: &OptionSet) -> NetConfig {
         after_sb_2pri: AfterSb2Pri::from_name(o.text(&t::AFTER_SB_2PRI)).unwrap_or_default(),
         always_asbp: o.flag(&t::ALWAYS_ASBP),
         rr_conflict: RrConflict::from_name(o.text(&t::RR_CONFLICT)).unwrap_or_default(),
+        fencing: match o.text(&t::FENCING) {
+            "resource-only" => Fencing::ResourceOnly,
+            "resource-and-stonith" => Fencing::ResourceAndStonith,
+            _ => Fencing::DontCare,
+        },
+        on_congestion: match o.text(&t::ON_CONGESTION) {
+            "pull-ahead" => OnCongestion::PullAhead,
+            "disconnect" => OnCongestion::Disconnect,
+            _ => OnCongestion::Block,
+        },
+        congestion_fill_sectors: o.number(&t::CONGESTION_FILL),
+        congestion_extents: o.number(&t::CONGESTION_EXTENTS),
     }
 }
 
@@ -136,6 +162,7 @@ fn volume(nr: u16, o: &OptionSet) -> VolumeConfig {
             (false, false) => WriteOrdering::None,
         },
         resync_rate_kib_s: fixed.then(|| o.number(&t::RESYNC_RATE)),
+        disk_timeout_ms: o.number(&t::DISK_TIMEOUT) * 100,
     }
 }
 
