@@ -190,10 +190,10 @@ impl World {
     }
 
     pub(super) fn flush_acked(&mut self, node: usize, volume: usize, issued: u64) {
-        let mut nodes = [true; 2];
-        nodes[1 - node] = self.options.net.protocol == Protocol::C
-            && self.nodes[node].session.is_some()
-            && self.states(1 - node, volume).is_some_and(|states| states.disk >= DiskState::Inconsistent);
+        // A copy whose disk is gone, perhaps because of this very flush, has promised nothing.
+        let mut nodes =
+            [0, 1].map(|node| self.states(node, volume).is_some_and(|s| s.disk >= DiskState::Inconsistent));
+        nodes[1 - node] &= self.options.net.protocol == Protocol::C && self.nodes[node].session.is_some();
         self.history.flushed(volume, issued, nodes);
     }
 
