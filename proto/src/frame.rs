@@ -269,15 +269,20 @@ fn check_message(message: &Message, payload_len: usize) -> Result<(), FrameError
         Message::RecvAck(ack) | Message::WriteAck(ack) | Message::NegAck(ack) => {
             check_range(kind, ack.sector, ack.nr_sectors, MAX_TRIM_SECTORS)
         }
-        Message::OutOfSync(range) => check_range(kind, range.sector, range.nr_sectors, MAX_TRIM_SECTORS),
+        Message::OutOfSync(range) | Message::OvResult(range) => {
+            check_range(kind, range.sector, range.nr_sectors, MAX_TRIM_SECTORS)
+        }
         // These answer requests for data.
         Message::NegDReply(ack) | Message::RsWriteAck(ack) | Message::NegRsDReply(ack) => {
             check_range(kind, ack.sector, ack.nr_sectors, MAX_REQUEST_SECTORS)
         }
-        Message::DataRequest(request) | Message::RsDataRequest(request) => {
+        Message::DataRequest(request) | Message::RsDataRequest(request) | Message::OvRequest(request) => {
             check_range(kind, request.sector, request.nr_sectors, MAX_REQUEST_SECTORS)
         }
-        Message::RsDeallocated(reply) => {
+        Message::RsChecksumRequest(request) => {
+            check_range(kind, request.sector, request.nr_sectors, MAX_REQUEST_SECTORS)
+        }
+        Message::RsDeallocated(reply) | Message::RsIsInSync(reply) => {
             check_range(kind, reply.sector, reply.nr_sectors, MAX_REQUEST_SECTORS)
         }
         Message::DataReply(reply) | Message::RsDataReply(reply) => {
@@ -305,6 +310,8 @@ fn check_message(message: &Message, payload_len: usize) -> Result<(), FrameError
         | Message::BarrierAck(_)
         | Message::SyncUuid(_)
         | Message::ResyncFinished(_)
+        | Message::OvReply(_)
+        | Message::VerifyFinished(_)
         | Message::Hello(_)
         | Message::VolumeInfo(_)
         | Message::State(_)

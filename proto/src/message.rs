@@ -112,6 +112,18 @@ messages! {
     SyncUuid(SyncUuid) = 0x13, None;
     /// Resync ended on the target.
     ResyncFinished(ResyncFinished) = 0x14, None;
+    /// Resync: send this range unless it has this digest.
+    RsChecksumRequest(ChecksumRequest) = 0x15, None;
+    /// Resync: the digests are equal.
+    RsIsInSync(BlockReply) = 0x16, None;
+    /// Verify: what is the digest of this range?
+    OvRequest(BlockRequest) = 0x17, None;
+    /// Answer to `OvRequest`.
+    OvReply(ChecksumReply) = 0x18, None;
+    /// Verify: this range differs.
+    OvResult(OutOfSync) = 0x19, None;
+    /// Verify ended.
+    VerifyFinished(VerifyFinished) = 0x1a, None;
     /// First message of a session.
     Hello(Hello) = 0x20, None;
     /// Facts about one volume.

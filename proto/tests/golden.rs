@@ -43,7 +43,7 @@ fn block_request() -> v1::BlockRequest {
 }
 
 fn block_reply() -> v1::BlockReply {
-    v1::BlockReply { volume: 2, sector: 16, nr_sectors: 2, request: 6 }
+    v1::BlockReply { volume: 2, sector: 16, nr_sectors: 2, request: 6, window_sectors: 0 }
 }
 
 fn data() -> v1::Data {
@@ -104,8 +104,8 @@ fn state() -> v1::State {
     v1::State {
         role: 2,
         volumes: vec![
-            v1::VolumeState { volume: 0, disk_state: 8 },
-            v1::VolumeState { volume: 1, disk_state: 4 },
+            v1::VolumeState { volume: 0, disk_state: 8, sync_paused: false },
+            v1::VolumeState { volume: 1, disk_state: 4, sync_paused: false },
         ],
     }
 }
@@ -267,6 +267,65 @@ fn all() -> Vec<Golden> {
                 0801100c",
         ),
         golden(
+            "rs_checksum_request",
+            Message::RsChecksumRequest(v1::ChecksumRequest {
+                volume: 1,
+                sector: 128,
+                nr_sectors: 64,
+                request: 7,
+                digest_0: 0xa1a2_a3a4_a5a6_a7a8,
+                digest_1: 0xb1b2_b3b4_b5b6_b7b8,
+                digest_2: 0xc1c2_c3c4_c5c6_c7c8,
+                digest_3: 0xd1d2_d3d4_d5d6_d7d8,
+            }),
+            0,
+            "4c4b5331 01000015 002d0000 00000000 00000000 87b50218 \
+                08011080011840200729a8a7a6a5a4a3a2a131b8b7b6b5b4b3b2b139c8c7c6c5c4c3c2c141d8d7d6d5d4d3d2d1",
+        ),
+        golden(
+            "rs_is_in_sync",
+            Message::RsIsInSync(v1::BlockReply { window_sectors: 4096, ..block_reply() }),
+            0,
+            "4c4b5331 01000016 000b0000 00000000 00000000 167ba4b0 \
+                0802101018022006288020",
+        ),
+        golden(
+            "ov_request",
+            Message::OvRequest(block_request()),
+            0,
+            "4c4b5331 01000017 000b0000 00000000 00000000 9c68fb70 \
+                1080808080802018082005",
+        ),
+        golden(
+            "ov_reply",
+            Message::OvReply(v1::ChecksumReply {
+                volume: 1,
+                request: 7,
+                readable: true,
+                digest_0: 0xa1a2_a3a4_a5a6_a7a8,
+                digest_1: 0xb1b2_b3b4_b5b6_b7b8,
+                digest_2: 0xc1c2_c3c4_c5c6_c7c8,
+                digest_3: 0xd1d2_d3d4_d5d6_d7d8,
+            }),
+            0,
+            "4c4b5331 01000018 002a0000 00000000 00000000 956012d0 \
+                08011007180121a8a7a6a5a4a3a2a129b8b7b6b5b4b3b2b131c8c7c6c5c4c3c2c139d8d7d6d5d4d3d2d1",
+        ),
+        golden(
+            "ov_result",
+            Message::OvResult(v1::OutOfSync { volume: 1, sector: 128, nr_sectors: 8 }),
+            0,
+            "4c4b5331 01000019 00070000 00000000 00000000 a0b677fc \
+                08011080011808",
+        ),
+        golden(
+            "verify_finished",
+            Message::VerifyFinished(v1::VerifyFinished { volume: 1, found_bits: 12, skipped_bits: 3 }),
+            0,
+            "4c4b5331 0100001a 00060000 00000000 00000000 24eefa08 \
+                0801100c1803",
+        ),
+        golden(
             "hello",
             Message::Hello(hello()),
             0,
@@ -298,6 +357,8 @@ fn all() -> Vec<Golden> {
                 uuid_current: 0xa1a2_a3a4_a5a6_a7a8,
                 size_sectors: 0,
                 assume_clean: false,
+                start_sector: 0,
+                stop_sector: 0,
             }),
             0,
             "4c4b5331 01000023 000f0000 00000000 00000000 58d46b4b \

@@ -37,7 +37,7 @@ fn block_request() -> impl Strategy<Value = v1::BlockRequest> {
 /// `max_sectors` bounds the payload that the test has to carry.
 fn block_reply(max_sectors: u64) -> impl Strategy<Value = v1::BlockReply> {
     (any::<u32>(), range(max_sectors), any::<u64>()).prop_map(|(volume, (sector, nr_sectors), request)| {
-        v1::BlockReply { volume, sector, nr_sectors, request }
+        v1::BlockReply { volume, sector, nr_sectors, request, window_sectors: 0 }
     })
 }
 
@@ -115,8 +115,11 @@ fn volume_info() -> impl Strategy<Value = v1::VolumeInfo> {
 }
 
 fn state() -> impl Strategy<Value = v1::State> {
-    let volume =
-        (any::<u32>(), any::<u32>()).prop_map(|(volume, disk_state)| v1::VolumeState { volume, disk_state });
+    let volume = (any::<u32>(), any::<u32>()).prop_map(|(volume, disk_state)| v1::VolumeState {
+        volume,
+        disk_state,
+        sync_paused: false,
+    });
     (any::<u32>(), prop::collection::vec(volume, 0..16))
         .prop_map(|(role, volumes)| v1::State { role, volumes })
 }
@@ -126,10 +129,19 @@ fn control() -> impl Strategy<Value = Message> {
         hello().prop_map(Message::Hello),
         volume_info().prop_map(Message::VolumeInfo),
         state().prop_map(Message::State),
-        (any::<u64>(), any::<i32>(), any::<u32>(), any::<u64>(), any::<u64>(), any::<bool>()).prop_map(
-            |(id, kind, volume, uuid_current, size_sectors, assume_clean)| Message::StateRequest(
-                v1::StateRequest { id, kind, volume, uuid_current, size_sectors, assume_clean }
-            )
+        (any::<i32>(), any::<u32>(), any::<[u64; 5]>(), any::<bool>()).prop_map(
+            |(kind, volume, [id, uuid_current, size_sectors, start_sector, stop_sector], assume_clean)| {
+                Message::StateRequest(v1::StateRequest {
+                    id,
+                    kind,
+                    volume,
+                    uuid_current,
+                    size_sectors,
+                    assume_clean,
+                    start_sector,
+                    stop_sector,
+                })
+            }
         ),
         (any::<u64>(), any::<i32>(), "\\PC{0,80}", any::<u64>()).prop_map(|(id, result, text, value)| {
             Message::StateReply(v1::StateReply { id, result, text, value })
@@ -471,7 +483,7 @@ fn unsound_ranges_are_refused_on_both_sides() {
 
 #[test]
 fn a_reply_must_be_as_long_as_it_says() {
-    let reply = v1::BlockReply { volume: 0, sector: 0, nr_sectors: 2, request: 1 };
+    let reply = v1::BlockReply { volume: 0, sector: 0, nr_sectors: 2, request: 1, window_sectors: 0 };
     for message in [Message::DataReply(reply), Message::RsDataReply(reply)] {
         let kind = message.message_type();
         assert_eq!(

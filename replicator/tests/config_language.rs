@@ -4,7 +4,7 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests: a failure is a failed test")]
 use lockstep_replicator::admin::config::options::{Kind, OptionSpec, Section, Treatment};
 use lockstep_replicator::admin::config::{Config, Location, dump, load, parse_bytes, render_all, table};
-use lockstep_replicator::core::config::{OnIoError, Protocol, WriteOrdering};
+use lockstep_replicator::core::config::{OnIoError, Protocol, RateControl, WriteOrdering};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -82,8 +82,8 @@ fn the_web_example_becomes_what_the_core_needs() {
     let core = r.to_core("nodo2").unwrap();
     assert_eq!((core.node_id, core.peer_node_id, core.peer_name.as_str()), (1, 0, "nodo1"));
     assert_eq!(core.net.protocol, Protocol::C);
-    // The controller is on by default, so the rate is no fixed rate.
-    assert_eq!(core.volumes[0].resync_rate_kib_s, None);
+    // A rate without c-plan-ahead is where DRBD's controller starts.
+    assert_eq!(core.volumes[0].resync.control, RateControl::Planned);
     let volume = r.host("nodo1").unwrap().volume(0).unwrap();
     assert_eq!(volume.disk_options.number(&table::RESYNC_RATE), 40 * 1024);
     assert_eq!(volume.device, Path::new("/dev/drbd1"));
@@ -98,13 +98,11 @@ fn the_stronger_level_wins_and_units_are_converted() {
     assert!(core.net.allow_two_primaries);
     let [zero, one] = core.volumes.as_slice() else { panic!("two volumes") };
     assert_eq!((zero.al_extents, one.al_extents), (1237, 999));
-    assert_eq!(zero.resync_rate_kib_s, Some(10 * 1024));
+    assert_eq!((zero.resync.control, zero.resync.rate_kib_s), (RateControl::Fixed, 10 * 1024));
     assert_eq!(zero.user_size.unwrap().0, 8 << 20);
     assert_eq!((zero.on_io_error, zero.write_ordering), (OnIoError::PassOn, WriteOrdering::Drain));
-    assert_eq!(
-        config.resource("z").unwrap().to_core("vm").unwrap().volumes[0].resync_rate_kib_s,
-        Some(40 * 1024)
-    );
+    let of_z = &config.resource("z").unwrap().to_core("vm").unwrap().volumes[0].resync;
+    assert_eq!((of_z.control, of_z.rate_kib_s), (RateControl::Fixed, 40 * 1024));
     let connection = good("connection.conf").resource("m").unwrap().connections[0].clone();
     assert_eq!(connection.paths[0][0].to_string(), "ipv4 10.9.0.2:7000");
     assert_eq!(good("include.conf").resources.len(), 2);

@@ -67,7 +67,7 @@ fn message(rng: &mut Rng, known: &[u64], ids: &[u64]) -> (Message, u64) {
         (if rng.percent(95) { 0 } else { small(rng, 2) }, number(rng, 70_000), number(rng, 300));
     let ack = v1::BlockAck { volume, sector, nr_sectors, request: id, set_in_sync: rng.percent(50) };
     let ask = v1::BlockRequest { volume, sector, nr_sectors, request: id };
-    let reply = v1::BlockReply { volume, sector, nr_sectors, request: id };
+    let reply = v1::BlockReply { volume, sector, nr_sectors, request: id, window_sectors: 0 };
     let trim = v1::Trim {
         volume,
         sector,
@@ -130,7 +130,7 @@ fn message(rng: &mut Rng, known: &[u64], ids: &[u64]) -> (Message, u64) {
             (
                 Message::State(v1::State {
                     role: small(rng, 3),
-                    volumes: vec![v1::VolumeState { volume, disk_state }],
+                    volumes: vec![v1::VolumeState { volume, disk_state, sync_paused: false }],
                 }),
                 0,
             )
@@ -138,11 +138,13 @@ fn message(rng: &mut Rng, known: &[u64], ids: &[u64]) -> (Message, u64) {
         26 | 27 => (
             Message::StateRequest(v1::StateRequest {
                 id: number(rng, 5),
-                kind: i32::try_from(rng.below(8)).unwrap_or(0),
+                kind: i32::try_from(rng.below(11)).unwrap_or(0),
                 volume,
                 uuid_current: rng.next(),
                 size_sectors: number(rng, 1 << 17),
                 assume_clean: rng.percent(50),
+                start_sector: number(rng, 1 << 17),
+                stop_sector: number(rng, 1 << 17),
             }),
             0,
         ),

@@ -1,5 +1,5 @@
 //! IO that waits instead of being served: by order, and for want of a good copy (SEM §22).
-use lockstep_replicator::core::config::{OnNoData, Protocol};
+use lockstep_replicator::core::config::{OnNoData, Protocol, RateControl};
 use lockstep_replicator::core::event::{AdminCommand, Event, HandlerName, RequestOp};
 use lockstep_replicator::core::state::{ConnState, DiskState, ReplState};
 use lockstep_tests::sim::script::{
@@ -197,7 +197,8 @@ fn no_write_lands_on_a_lone_copy_that_is_not_good() {
     for on_no_data in [OnNoData::IoError, OnNoData::SuspendIo] {
         let mut options = Options::new(7240);
         options.resource.on_no_data = on_no_data;
-        options.volume.resync_rate_kib_s = Some(1000);
+        options.volume.resync.control = RateControl::Fixed;
+        options.volume.resync.rate_kib_s = 8000;
         let mut world = pair_with(options);
         detach(&mut world, 0);
         load(&mut world, 0, 300);
@@ -218,7 +219,7 @@ fn no_write_lands_on_a_lone_copy_that_is_not_good() {
         } else {
             assert_eq!(open(&world, 0), 0);
         }
-        world.options.volume.resync_rate_kib_s = None;
+        world.options.volume.resync.control = RateControl::Adaptive;
         world.heal();
         quiet(&mut world);
     }

@@ -306,9 +306,39 @@ pub enum Verb {
     /// Make this node Secondary
     Secondary(Targets),
     /// Local data is bad: copy everything from the peer
-    Invalidate(Targets),
+    Invalidate {
+        /// Which.
+        #[command(flatten)]
+        targets: Targets,
+        /// `no`: copy only the blocks that are marked, such as those a verify found
+        #[arg(long, default_value = "yes", value_parser = ["yes", "no"])]
+        reset_bitmap: String,
+    },
     /// The peer's data is bad: copy everything to it
-    InvalidateRemote(Targets),
+    InvalidateRemote {
+        /// Which.
+        #[command(flatten)]
+        targets: Targets,
+        /// `no`: copy only the blocks that are marked, such as those a verify found
+        #[arg(long, default_value = "yes", value_parser = ["yes", "no"])]
+        reset_bitmap: String,
+    },
+    /// Compare both copies; differences are marked on both nodes
+    Verify {
+        /// Which.
+        #[command(flatten)]
+        targets: Targets,
+        /// First sector; without it an interrupted verify goes on
+        #[arg(long, value_parser = parse_sector)]
+        start: Option<u64>,
+        /// Sector behind the last one
+        #[arg(long, value_parser = parse_sector)]
+        stop: Option<u64>,
+    },
+    /// Let a resync stand still
+    PauseSync(Targets),
+    /// Let a paused resync go on
+    ResumeSync(Targets),
     /// Mark the local data as older than the peer's
     Outdate(Targets),
     /// Start a new generation of the data
@@ -568,6 +598,11 @@ fn size_sectors(text: &str) -> Result<u64, String> {
     };
     let count: u64 = digits.parse().map_err(|_| "no number".to_owned())?;
     count.checked_mul(sectors_per_unit).filter(|size| *size > 0).ok_or_else(|| "no possible size".to_owned())
+}
+
+/// A sector, with or without DRBD's suffix `s`.
+fn parse_sector(text: &str) -> Result<u64, String> {
+    text.strip_suffix('s').unwrap_or(text).parse().map_err(|_| format!("'{text}' is not a sector number"))
 }
 
 /// Puts drbdadm's argument order into the usual one: `[-- OPT...] VERB RES...` becomes

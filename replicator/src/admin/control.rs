@@ -98,6 +98,21 @@ pub enum ResourceVerb {
     Invalidate,
     /// Full resync to the peer.
     InvalidateRemote,
+    /// Resync of the marked blocks from the peer.
+    InvalidateMarked,
+    /// Resync of the marked blocks to the peer.
+    InvalidateRemoteMarked,
+    /// Compare both copies.
+    Verify {
+        /// From this sector; `None` = where an interrupted one stopped, else from the start.
+        start: Option<u64>,
+        /// To this sector; `None` = the end.
+        stop: Option<u64>,
+    },
+    /// Let a resync stand still.
+    PauseSync,
+    /// End `PauseSync`.
+    ResumeSync,
     /// Mark local data outdated.
     Outdate,
     /// New generation.
@@ -246,6 +261,10 @@ mod tests {
             any::<bool>().prop_map(|force| ResourceVerb::Primary { force }),
             Just(ResourceVerb::Secondary),
             Just(ResourceVerb::InvalidateRemote),
+            Just(ResourceVerb::InvalidateMarked),
+            Just(ResourceVerb::PauseSync),
+            any::<(Option<u64>, Option<u64>)>()
+                .prop_map(|(start, stop)| ResourceVerb::Verify { start, stop }),
             any::<bool>().prop_map(|clear_bitmap| ResourceVerb::NewCurrentUuid { clear_bitmap }),
             (any::<Option<u64>>(), any::<bool>(), any::<bool>(), any::<bool>()).prop_map(
                 |(size_sectors, assume_clean, assume_peer_has_space, force)| ResourceVerb::Resize {

@@ -22,7 +22,7 @@ use crate::frontend::ublk::{UblkDisks, VolumePlan};
 use crate::runtime::ResourceHandle;
 use crate::runtime::backing::grown::KnownSize;
 use crate::runtime::backing::{AttachError, Backing};
-use crate::units::{SectorCount, VolumeNr};
+use crate::units::{Sector, SectorCount, VolumeNr};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -297,6 +297,20 @@ impl Node {
             }
             ResourceVerb::Invalidate => self.each_volume(request, AdminCommand::Invalidate).await,
             ResourceVerb::InvalidateRemote => self.each_volume(request, AdminCommand::InvalidateRemote).await,
+            ResourceVerb::InvalidateMarked => self.each_volume(request, AdminCommand::InvalidateMarked).await,
+            ResourceVerb::InvalidateRemoteMarked => {
+                self.each_volume(request, AdminCommand::InvalidateRemoteMarked).await
+            }
+            ResourceVerb::Verify { start, stop } => {
+                self.each_volume(request, |volume| AdminCommand::Verify {
+                    volume,
+                    start: start.map(Sector),
+                    stop: stop.map(Sector),
+                })
+                .await
+            }
+            ResourceVerb::PauseSync => self.each_volume(request, AdminCommand::PauseSync).await,
+            ResourceVerb::ResumeSync => self.each_volume(request, AdminCommand::ResumeSync).await,
             ResourceVerb::Outdate => self.each_volume(request, AdminCommand::Outdate).await,
             ResourceVerb::NewCurrentUuid { clear_bitmap } => {
                 self.each_volume(request, |volume| AdminCommand::NewCurrentUuid { volume, clear_bitmap })

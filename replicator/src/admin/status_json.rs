@@ -1,7 +1,7 @@
 //! `status --json`, with drbdsetup's keys in drbdsetup's order (ADM §5.2).
 //!
 //! Written by hand: the order of the keys and the number of decimals are part of what programs read.
-use crate::admin::status_text::{done_ratio, mib_per_s, percent, ratio_hundredths, resync_suspended};
+use crate::admin::status_text::{done_ratio, mib_per_s, percent, ratio_hundredths};
 use crate::admin::view::ResourceView;
 use crate::core::state::DiskState;
 use crate::core::status::{PeerVolumeStatus, VolumeStatus};
@@ -155,14 +155,17 @@ fn peer_device(view: &ResourceView, volume: &PeerVolumeStatus) -> Json {
         ("replication-state", Json::text(volume.replication)),
         ("peer-disk-state", Json::text(volume.peer_disk)),
         ("peer-client", Json::number(false)),
-        ("resync-suspended", Json::text(resync_suspended(volume.replication))),
+        ("resync-suspended", Json::text(&volume.suspended)),
         ("received", Json::number(volume.received_kib)),
         ("sent", Json::number(volume.sent_kib)),
         ("out-of-sync", Json::number(volume.out_of_sync_kib)),
         ("pending", Json::number(volume.pending)),
         ("unacked", Json::number(volume.unacked)),
-        ("has-sync-details", Json::number(volume.resync.is_some())),
-        ("has-online-verify-details", Json::number(false)),
+        ("has-sync-details", Json::number(volume.resync.as_ref().is_some_and(|resync| !resync.verify))),
+        (
+            "has-online-verify-details",
+            Json::number(volume.resync.as_ref().is_some_and(|resync| resync.verify)),
+        ),
         ("percent-in-sync", Json::hundredths(in_sync).into()),
     ];
     let done = volume.resync.as_ref().map(|resync| {
@@ -172,13 +175,13 @@ fn peer_device(view: &ResourceView, volume: &PeerVolumeStatus) -> Json {
         fields.extend([
             ("rs-total", Json::number(sectors(resync.bits_total))),
             ("rs-dt-start-ms", Json::number(resync.elapsed_ms)),
-            ("rs-paused-ms", Json::number(0)),
+            ("rs-paused-ms", Json::number(resync.paused_ms)),
             ("rs-dt0-ms", Json::number(resync.elapsed_ms)),
             ("rs-db0-sectors", Json::number(sectors(done_bits))),
             ("rs-dt1-ms", Json::number(resync.elapsed_ms)),
             ("rs-db1-sectors", Json::number(sectors(done_bits))),
             ("rs-failed", Json::number(sectors(resync.bits_failed))),
-            ("rs-same-csum", Json::number(0)),
+            ("rs-same-csum", Json::number(sectors(resync.bits_same))),
             ("want", Json::hundredths(0).into()),
             ("db0/dt0 [MiB/s]", Json::hundredths(mib_per_s(resync)).into()),
             ("db1/dt1 [MiB/s]", Json::hundredths(mib_per_s(resync)).into()),

@@ -36,6 +36,7 @@ fn peer_volume(nr: u16) -> PeerVolumeStatus {
         pending: 0,
         unacked: 0,
         resync: None,
+        suspended: "no".into(),
     }
 }
 
@@ -89,6 +90,9 @@ fn resyncing() -> ResourceView {
         bits_total: 1000,
         bits_left: 625,
         bits_failed: 0,
+        bits_same: 0,
+        verify: false,
+        paused_ms: 0,
         elapsed_ms: 2000,
         rate_kib_s: 1280,
         eta_s: Some(3),
@@ -171,6 +175,7 @@ fn what_is_wrong_shows_without_verbose() {
     view.status.suspended = vec!["user".into(), "fencing".into()];
     view.status.volumes[0].disk = DiskState::Diskless;
     view.status.connection.peer_volumes[0].replication = ReplState::PausedSyncS;
+    view.status.connection.peer_volumes[0].suspended = "user".into();
     let text = status_text(&[view], TextOptions { terminal: false, ..PLAIN });
     assert_eq!(
         text,

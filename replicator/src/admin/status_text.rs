@@ -202,9 +202,9 @@ fn peer_device(out: &mut Wrapper, volume: &PeerVolumeStatus, single: bool, optio
     if let Some(resync) = &volume.resync {
         out.field(indent, &format!("done:{}", percent(done_ratio(resync))));
     }
-    let paused = matches!(volume.replication, ReplState::PausedSyncS | ReplState::PausedSyncT);
+    let paused = volume.suspended != "no";
     if verbose || paused {
-        out.field(indent, &format!("resync-suspended:{}", resync_suspended(volume.replication)));
+        out.field(indent, &format!("resync-suspended:{}", volume.suspended));
     }
     if options.statistics {
         out.end_line();
@@ -224,26 +224,6 @@ fn peer_device(out: &mut Wrapper, volume: &PeerVolumeStatus, single: bool, optio
         out.field(indent, &format!("eta:{eta}"));
     }
     out.end_line();
-}
-
-/// Why a resync stands still. Only the operator can pause one so far.
-pub(super) const fn resync_suspended(replication: ReplState) -> &'static str {
-    match replication {
-        ReplState::PausedSyncS | ReplState::PausedSyncT => "user",
-        ReplState::Off
-        | ReplState::Established
-        | ReplState::StartingSyncS
-        | ReplState::StartingSyncT
-        | ReplState::WFBitMapS
-        | ReplState::WFBitMapT
-        | ReplState::WFSyncUUID
-        | ReplState::SyncSource
-        | ReplState::SyncTarget
-        | ReplState::VerifyS
-        | ReplState::VerifyT
-        | ReplState::Ahead
-        | ReplState::Behind => "no",
-    }
 }
 
 /// Percent of a resync that is done, in hundredths of a percent. Blocks given up on count as done.

@@ -98,8 +98,19 @@ impl<'a> Session<'a> {
             Verb::Disconnect { targets, force } => self.change(targets, R::Disconnect { force: *force }),
             Verb::Primary { targets, force } => self.change(targets, R::Primary { force: *force }),
             Verb::Secondary(targets) => self.change(targets, R::Secondary),
-            Verb::Invalidate(targets) => self.change_or_meta(targets, R::Invalidate, "invalidate"),
-            Verb::InvalidateRemote(targets) => self.change(targets, R::InvalidateRemote),
+            Verb::Invalidate { targets, reset_bitmap } if reset_bitmap == "no" => {
+                self.change(targets, R::InvalidateMarked)
+            }
+            Verb::Invalidate { targets, .. } => self.change_or_meta(targets, R::Invalidate, "invalidate"),
+            Verb::InvalidateRemote { targets, reset_bitmap } if reset_bitmap == "no" => {
+                self.change(targets, R::InvalidateRemoteMarked)
+            }
+            Verb::InvalidateRemote { targets, .. } => self.change(targets, R::InvalidateRemote),
+            Verb::Verify { targets, start, stop } => {
+                self.change(targets, R::Verify { start: *start, stop: *stop })
+            }
+            Verb::PauseSync(targets) => self.change(targets, R::PauseSync),
+            Verb::ResumeSync(targets) => self.change(targets, R::ResumeSync),
             Verb::Outdate(targets) => self.change_or_meta(targets, R::Outdate, "outdate"),
             Verb::NewCurrentUuid { targets, clear_bitmap } => {
                 self.change(targets, R::NewCurrentUuid { clear_bitmap: *clear_bitmap })

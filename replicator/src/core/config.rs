@@ -254,6 +254,14 @@ pub struct NetConfig {
     pub congestion_fill_sectors: u64,
     /// Extents with writes in flight that count as congestion. Default 1237.
     pub congestion_extents: u64,
+    /// `max-buffers`, pages of 4 KiB. Default 2048.
+    pub max_buffers: u64,
+    /// `csums-alg`: resync by comparing digests. Default off. The digest itself is always the same.
+    pub csums_alg: Option<String>,
+    /// Only after a crash of this node as Primary. Default false.
+    pub csums_after_crash_only: bool,
+    /// `verify-alg`: online verify is allowed. Default off.
+    pub verify_alg: Option<String>,
 }
 
 impl Default for NetConfig {
@@ -276,6 +284,57 @@ impl Default for NetConfig {
             on_congestion: OnCongestion::Block,
             congestion_fill_sectors: 0,
             congestion_extents: 1237,
+            max_buffers: 2048,
+            csums_alg: None,
+            csums_after_crash_only: false,
+            verify_alg: None,
+        }
+    }
+}
+
+/// What decides how fast a resync goes (SEM §19.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RateControl {
+    /// No knob set: the application's latency and the bandwidth-delay product.
+    Adaptive,
+    /// DRBD's plan-ahead controller.
+    Planned,
+    /// `c-plan-ahead 0`: `resync-rate` and nothing else.
+    Fixed,
+}
+
+/// The `disk` options of a resync.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ResyncConfig {
+    /// Which of the controllers.
+    pub control: RateControl,
+    /// `resync-rate`, KiB/s. Default 250.
+    pub rate_kib_s: u64,
+    /// `c-plan-ahead`, 0.1 s. Default 20.
+    pub plan_ahead_ds: u64,
+    /// `c-delay-target`, 0.1 s. Default 10.
+    pub delay_target_ds: u64,
+    /// `c-fill-target`, sectors; 0 = use the delay target. Default 100.
+    pub fill_target_sectors: u64,
+    /// `c-max-rate`, KiB/s; `None` = no limit.
+    pub max_rate_kib_s: Option<u64>,
+    /// `c-min-rate`, KiB/s: never pushed below by the application; 0 = never pushed. Default 250.
+    pub min_rate_kib_s: u64,
+    /// `rs-discard-granularity`, bytes; 0 = zeroes are written, not discarded. Default 0.
+    pub discard_granularity_bytes: u64,
+}
+
+impl Default for ResyncConfig {
+    fn default() -> Self {
+        Self {
+            control: RateControl::Adaptive,
+            rate_kib_s: 250,
+            plan_ahead_ds: 20,
+            delay_target_ds: 10,
+            fill_target_sectors: 100,
+            max_rate_kib_s: None,
+            min_rate_kib_s: 250,
+            discard_granularity_bytes: 0,
         }
     }
 }
@@ -295,10 +354,10 @@ pub struct VolumeConfig {
     pub on_io_error: OnIoError,
     /// From `disk-flushes` and `disk-drain`. Default flush.
     pub write_ordering: WriteOrdering,
-    /// Fixed resync rate, KiB/s; `None` = as fast as the window allows.
-    pub resync_rate_kib_s: Option<u64>,
     /// A local IO older than this costs the disk, ms; 0 = never. Default 0.
     pub disk_timeout_ms: u64,
+    /// How a resync or verify is paced.
+    pub resync: ResyncConfig,
 }
 
 impl VolumeConfig {
@@ -312,8 +371,8 @@ impl VolumeConfig {
             al_updates: true,
             on_io_error: OnIoError::Detach,
             write_ordering: WriteOrdering::Flush,
-            resync_rate_kib_s: None,
             disk_timeout_ms: 0,
+            resync: ResyncConfig::default(),
         }
     }
 }

@@ -8,7 +8,7 @@ use crate::core::bitmap::Bitmap;
 use crate::core::config::VolumeConfig;
 use crate::core::interval::IntervalLocks;
 use crate::core::metadata::{AlStep, BitmapJob, SuperblockThen};
-use crate::core::resync::{Resync, RsRead, RsWrite};
+use crate::core::resync::{Foreground, OvCheck, OvRead, Pauses, Resync, RsRead, RsWrite, Verify};
 use crate::core::state::{DiskState, ReplState};
 use crate::core::uuid::UuidSet;
 use crate::meta::Superblock;
@@ -44,6 +44,8 @@ pub(super) struct Counters {
     pub(super) bm_writes: u64,
     pub(super) sent_sectors: u64,
     pub(super) received_sectors: u64,
+    /// Part of `written_sectors` that a resync wrote.
+    pub(super) resync_sectors: u64,
 }
 
 /// See the module.
@@ -113,6 +115,17 @@ pub(super) struct Device {
     /// Resync reads served here, resync writes asked for here.
     pub(super) rs_reads: slab::Slab<RsRead>,
     pub(super) rs_writes: slab::Slab<RsWrite>,
+    /// Who wants a resync to stand still.
+    pub(super) pauses: Pauses,
+    /// What the application's writes here feel of a resync.
+    pub(super) foreground: Foreground,
+    pub(super) verify: Option<Verify>,
+    pub(super) ov_checks: slab::Slab<OvCheck>,
+    pub(super) ov_reads: slab::Slab<OvRead>,
+    /// A verify that the peer was asked for: from and to, sectors.
+    pub(super) verify_wanted: Option<(u64, u64)>,
+    /// Where an interrupted verify goes on, sectors.
+    pub(super) verify_from: u64,
     pub(super) procedure: Option<DiskProcedure>,
     /// An ATTACH phase with the peer is running.
     pub(super) negotiating: bool,
@@ -169,6 +182,13 @@ impl Device {
             resync_nr: 0,
             rs_reads: slab::Slab::new(),
             rs_writes: slab::Slab::new(),
+            pauses: Pauses::default(),
+            foreground: Foreground::default(),
+            verify: None,
+            ov_checks: slab::Slab::new(),
+            ov_reads: slab::Slab::new(),
+            verify_wanted: None,
+            verify_from: 0,
             procedure: None,
             negotiating: false,
             counters: Counters::default(),
@@ -202,7 +222,7 @@ impl Device {
             // Blocks already proven equal to the peer's, while a resync runs (I7).
             DiskState::Inconsistent => {
                 self.peer_disk == DiskState::UpToDate
-                    && self.repl == ReplState::SyncTarget
+                    && self.repl.is_sync_target()
                     && !self.bitmap.any(range.bits_touched())
             }
             DiskState::Diskless
@@ -256,9 +276,22 @@ impl Device {
         }
     }
 
-    /// Marks a range as out of sync.
+    /// Marks a range as out of sync. A mark outlives the ack of resync data that was read or asked for
+    /// before it.
     pub(super) fn mark(&mut self, range: BlockRange) {
         self.bitmap.set_range(range.bits_touched());
+        for (_, read) in &mut self.rs_reads {
+            read.spoil(range);
+        }
+        for (_, write) in &mut self.rs_writes {
+            write.spoil(range);
+        }
+    }
+
+    /// Sectors of application IO on this disk so far, own and mirrored.
+    pub(super) const fn foreground_sectors(&self) -> u64 {
+        (self.counters.read_sectors + self.counters.written_sectors)
+            .saturating_sub(self.counters.resync_sectors)
     }
 
     /// Clears the blocks the range covers fully: both nodes hold the same data there.

@@ -11,7 +11,7 @@ use crate::core::resize::ResizeOptions;
 use crate::core::state::{ConnState, DiskState, ReplState, Role};
 use crate::core::status::ResourceStatus;
 use crate::meta::{AlTransaction, Attached, BitmapPage, MetaPlace, Superblock};
-use crate::units::{BlockRange, SectorCount, VolumeNr};
+use crate::units::{BlockRange, Sector, SectorCount, VolumeNr};
 use bytes::Bytes;
 use lockstep_proto::Message;
 
@@ -139,6 +139,8 @@ pub enum RequestError {
 pub enum DiskOp {
     /// Read into `buffer`; without a buffer the runtime takes one and hands it over in [`DiskOk`].
     Read,
+    /// As `Read`, and a digest of what was read, by which the data of two nodes is compared.
+    ReadDigest,
     /// Write the buffer.
     Write,
     /// Zero the range.
@@ -176,7 +178,13 @@ pub struct DiskOk {
     pub buffer: Option<BufferId>,
     /// The data read is all zeroes (only looked at for reads that came without a buffer).
     pub all_zero: bool,
+    /// What [`DiskOp::ReadDigest`] found.
+    pub digest: Option<Digest>,
 }
+
+/// A digest of block data: equal digests stand for equal data.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Digest(pub [u64; 4]);
 
 /// A failed IO on the backing disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -299,6 +307,13 @@ pub enum Input {
         /// Where metadata belongs on devices of this size; `None` = cannot be told.
         place: Option<MetaPlace>,
     },
+    /// `resync-after`: whether a volume that comes first is resyncing or paused.
+    ResyncDependency {
+        /// The volume that waits.
+        volume: VolumeNr,
+        /// It shall wait.
+        waits: bool,
+    },
     /// The deadline of `poll_timeout` has passed.
     Timeout,
 }
@@ -343,6 +358,23 @@ pub enum AdminCommand {
     Invalidate(VolumeNr),
     /// The peer's data is bad: full resync to the peer.
     InvalidateRemote(VolumeNr),
+    /// Local data is bad where it is marked: resync of the marked blocks from the peer.
+    InvalidateMarked(VolumeNr),
+    /// The peer's data is bad where it is marked: resync of the marked blocks to the peer.
+    InvalidateRemoteMarked(VolumeNr),
+    /// Compare both copies (SEM §20).
+    Verify {
+        /// Which volume.
+        volume: VolumeNr,
+        /// From here; `None` = where an interrupted verify stopped, else from the start.
+        start: Option<Sector>,
+        /// To here; `None` = the end.
+        stop: Option<Sector>,
+    },
+    /// Let a resync of the volume stand still.
+    PauseSync(VolumeNr),
+    /// End `PauseSync`.
+    ResumeSync(VolumeNr),
     /// Mark the local data outdated.
     Outdate(VolumeNr),
     /// Start a new generation (SEM §27).
@@ -490,6 +522,26 @@ pub enum Event {
         bits_total: u64,
         /// Bits left because their block could not be copied.
         bits_failed: u64,
+        /// Milliseconds from start to end.
+        elapsed_ms: u64,
+    },
+    /// A verify found a range that differs.
+    OutOfSync {
+        /// Which volume.
+        volume: VolumeNr,
+        /// Where.
+        range: BlockRange,
+    },
+    /// A verify ended.
+    VerifyDone {
+        /// Which volume.
+        volume: VolumeNr,
+        /// Blocks of 4 KiB it covered.
+        bits_total: u64,
+        /// Blocks that differ.
+        bits_found: u64,
+        /// Blocks that were written too often to be compared.
+        bits_skipped: u64,
         /// Milliseconds from start to end.
         elapsed_ms: u64,
     },

@@ -16,6 +16,8 @@ pub(super) enum Purpose {
     Notice,
     /// The fate of the peer (`fencing.rs`).
     Fence,
+    /// The resync of this volume starts if the answer allows it.
+    BeforeResync(usize),
 }
 
 /// The handlers that run.
@@ -56,6 +58,7 @@ impl Resource {
         match purpose {
             Purpose::Notice => {}
             Purpose::Fence => self.on_fence_answer(token, exit_code),
+            Purpose::BeforeResync(volume) => self.before_resync_answered(volume, token, exit_code),
         }
     }
 

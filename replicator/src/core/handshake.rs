@@ -589,6 +589,13 @@ impl Resource {
                 self.settle_negotiating(volume);
                 self.adopt_equal(volume, peer);
             }
+            // Nothing should differ: what is marked is compared before it is copied.
+            Outcome::Source { full: false } if comparison.rule == Rule::EqualWithBits => {
+                self.begin_compare(volume, true, peer.disk);
+            }
+            Outcome::Target { full: false } if comparison.rule == Rule::EqualWithBits => {
+                self.begin_compare(volume, false, peer.disk);
+            }
             Outcome::Source { full } => self.begin_resync(volume, true, full, peer.disk),
             Outcome::Target { full } => {
                 if self.role == Role::Primary {
@@ -692,6 +699,7 @@ impl Resource {
             .map(|device| v1::VolumeState {
                 volume: u32::from(device.nr.0),
                 disk_state: device.disk.to_wire(),
+                sync_paused: device.pauses.own(),
             })
             .collect();
         let state = v1::State { role: self.role.to_wire(), volumes };
@@ -707,6 +715,7 @@ impl Resource {
                 return self.protocol_error("an unknown disk state");
             };
             self.devices[volume].peer_said = disk;
+            self.on_peer_pause(volume, entry.sync_paused);
             // During a resync the end is told by ResyncFinished, not by a state alone.
             let resyncing = self.devices[volume].resync.is_some();
             if resyncing && disk > DiskState::Inconsistent {

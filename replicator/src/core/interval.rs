@@ -19,6 +19,10 @@ pub enum LockOwner {
     ResyncSource(usize),
     /// A resync write on the target.
     ResyncTarget(usize),
+    /// A verify read on the node that asks.
+    VerifyAsk(usize),
+    /// A verify read on the node that answers.
+    VerifyAnswer(usize),
 }
 
 /// A range that is held or wanted.
@@ -94,7 +98,11 @@ impl IntervalLocks {
         let overlapping = self.held.iter().skip(first).take_while(move |claim| claim.range.overlaps(range));
         overlapping.filter_map(|claim| match claim.owner {
             LockOwner::Request(key) => Some(key),
-            LockOwner::Peer(_) | LockOwner::ResyncSource(_) | LockOwner::ResyncTarget(_) => None,
+            LockOwner::Peer(_)
+            | LockOwner::ResyncSource(_)
+            | LockOwner::ResyncTarget(_)
+            | LockOwner::VerifyAsk(_)
+            | LockOwner::VerifyAnswer(_) => None,
         })
     }
 

@@ -96,7 +96,13 @@ impl Resource {
             Message::DataRequest(header) => self.on_data_request(&header),
             Message::NegDReply(header) => self.on_neg_data_reply(&header),
             Message::RsDataRequest(header) => self.on_rs_data_request(&header),
-            Message::RsDeallocated(header) => self.on_rs_deallocated(&header),
+            Message::RsDeallocated(header) => self.on_rs_dataless(&header, false),
+            Message::RsChecksumRequest(header) => self.on_rs_checksum_request(&header),
+            Message::RsIsInSync(header) => self.on_rs_dataless(&header, true),
+            Message::OvRequest(header) => self.on_ov_request(&header),
+            Message::OvReply(header) => self.on_ov_reply(&header),
+            Message::OvResult(header) => self.on_ov_result(&header),
+            Message::VerifyFinished(header) => self.on_verify_finished(&header),
             Message::RsWriteAck(header) => self.on_rs_write_ack(&header, true),
             Message::NegRsDReply(header) => self.on_rs_write_ack(&header, false),
             Message::OutOfSync(header) => self.on_out_of_sync(&header),
@@ -181,6 +187,7 @@ impl Resource {
             self.abort_resync(volume);
             self.set_repl(volume, ReplState::Off);
             self.devices[volume].negotiating = false;
+            self.devices[volume].pauses.peer = false;
             if self.devices[volume].disk == DiskState::Negotiating {
                 let by_flags = self.disk_state_alone(volume);
                 self.set_disk(volume, by_flags);

@@ -84,7 +84,7 @@ enum IoContext {
     /// A write of the peer.
     Peer(usize),
     /// A read for the peer's application.
-    RemoteRead { volume: usize, session: event::SessionId, request: u64 },
+    RemoteRead { volume: usize, session: event::SessionId, request: u64, range: crate::units::BlockRange },
     /// Makes writes stable before bitmap pages are written, counted up to this many.
     BitmapFlush { volume: usize, writes: u64 },
     /// The flush at the end of an epoch.
@@ -93,6 +93,12 @@ enum IoContext {
     ResyncRead { volume: usize, key: usize },
     /// Resync write on the target.
     ResyncWrite { volume: usize, key: usize },
+    /// The target reads its own block to compare it.
+    ResyncDigest { volume: usize, key: usize },
+    /// Verify read on the node that asks, and on the one that answers.
+    VerifyAsk { volume: usize, key: usize },
+    /// See `VerifyAsk`.
+    VerifyAnswer { volume: usize, key: usize },
 }
 
 /// Who is told how an operator's verb went.
@@ -213,6 +219,7 @@ impl Resource {
             Input::Admin { id, command } => self.on_admin(id, command),
             Input::Opened(volume) => self.on_opened(volume, 1),
             Input::Closed(volume) => self.on_opened(volume, -1),
+            Input::ResyncDependency { volume, waits } => self.on_resync_dependency(volume, waits),
             Input::HandlerDone { token, exit_code } => self.on_handler_done(token, exit_code),
             Input::Measured { volume, place } => {
                 if let Some(at) = self.device_index(volume) {
@@ -301,8 +308,8 @@ impl Resource {
             IoContext::Request(key) => self.on_local_done(key, result),
             IoContext::Flush(key) => self.on_flush_local_done(key, result.is_ok()),
             IoContext::Peer(key) => self.on_peer_write_done(key, result),
-            IoContext::RemoteRead { volume, session, request } => {
-                self.on_remote_read_done(volume, session, request, result);
+            IoContext::RemoteRead { volume, session, request, range } => {
+                self.on_remote_read_done(volume, session, request, range, result);
             }
             IoContext::BitmapFlush { volume, writes } => {
                 self.on_bitmap_flushed(volume, writes, result.is_ok());
@@ -312,6 +319,9 @@ impl Resource {
             }
             IoContext::ResyncRead { volume, key } => self.on_resync_read_done(volume, key, result),
             IoContext::ResyncWrite { volume, key } => self.on_resync_write_done(volume, key, result),
+            IoContext::ResyncDigest { volume, key } => self.on_resync_digest(volume, key, result),
+            IoContext::VerifyAsk { volume, key } => self.on_ov_check_read(volume, key, result),
+            IoContext::VerifyAnswer { volume, key } => self.on_ov_answer_read(volume, key, result),
         }
     }
 

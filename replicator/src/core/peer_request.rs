@@ -6,7 +6,7 @@
 //! completed before issuing it (I6).
 use super::config::WriteOrdering;
 use super::device::AlUser;
-use super::event::{BufferId, DiskOk, DiskOp, IoError, Output, Payload, SessionId};
+use super::event::{BufferId, Digest, DiskOk, DiskOp, IoError, Output, Payload, SessionId};
 use super::interval::LockOwner;
 use super::request::range_of;
 use super::state::{DiskState, ReplState};
@@ -48,7 +48,8 @@ enum Queued {
     Barrier(u32),
     /// Reads wait for the writes that came before them.
     Read(v1::BlockRequest),
-    ResyncRead(v1::BlockRequest),
+    ResyncRead(v1::BlockRequest, Option<Digest>),
+    VerifyRead(v1::BlockRequest),
     /// Resync data for blocks that a write before it in the stream covers, too.
     ResyncReply {
         volume: usize,
@@ -74,6 +75,8 @@ pub(super) struct ReceiveEpochs {
     flushing: u32,
     /// What came behind the barrier, or while a hold is on.
     queue: VecDeque<Queued>,
+    /// How many of them are resync or verify reads.
+    queued_reads: usize,
     /// No write may start: the disk is not yet durably Inconsistent (I5).
     pub(super) hold: bool,
     /// The session of these epochs is gone: what was started, or was acknowledged as received, is
@@ -165,6 +168,7 @@ impl Resource {
                 v1::OutOfSync { volume: write.volume, sector: range.start().0, nr_sectors: range.len().0 };
             self.send(Message::OutOfSync(note), Payload::None);
         }
+        self.verify_touched(volume, range);
         let key = self.peer_requests.insert(PeerRequest {
             session,
             volume,
@@ -176,10 +180,8 @@ impl Resource {
             want_write_ack: write.want_write_ack,
             received_acked: write.want_recv_ack,
             al: false,
-            resync: matches!(
-                self.devices[volume].repl,
-                ReplState::WFSyncUUID | ReplState::SyncTarget | ReplState::SyncSource
-            )
+            resync: (self.devices[volume].repl == ReplState::WFSyncUUID
+                || self.devices[volume].repl.is_syncing())
             .then_some(self.devices[volume].resync_nr),
             books,
         });
@@ -206,8 +208,9 @@ impl Resource {
             })
     }
 
-    pub(super) fn queue_resync_read(&mut self, header: &v1::BlockRequest) {
-        self.rx.queue.push_back(Queued::ResyncRead(*header));
+    pub(super) fn queue_resync_read(&mut self, header: &v1::BlockRequest, digest: Option<Digest>) {
+        self.rx.queued_reads += 1;
+        self.rx.queue.push_back(Queued::ResyncRead(*header, digest));
     }
 
     /// A write that came before and has not started covers some of the same blocks: resync data, which is
@@ -219,23 +222,36 @@ impl Resource {
         key: usize,
         seq: u32,
     ) -> bool {
-        let covered = self.rx.queue.iter().any(|item| match item {
-            Queued::Write(write) => {
-                let write = &self.peer_requests[*write];
-                write.volume == volume && write.range.overlaps(range)
-            }
-            Queued::Barrier(_) | Queued::Read(_) | Queued::ResyncRead(_) | Queued::ResyncReply { .. } => {
-                false
-            }
-        });
+        let covered = self.write_is_queued(volume, range);
         if covered {
             self.rx.queue.push_back(Queued::ResyncReply { volume, key, seq });
         }
         covered
     }
 
-    pub(super) fn nr_receive_queued(&self) -> usize {
-        self.rx.queue.len()
+    pub(super) fn queue_verify_read(&mut self, header: &v1::BlockRequest) {
+        self.rx.queued_reads += 1;
+        self.rx.queue.push_back(Queued::VerifyRead(*header));
+    }
+
+    /// A write of the peer into the range has come and not begun.
+    pub(super) fn write_is_queued(&self, volume: usize, range: BlockRange) -> bool {
+        self.rx.queue.iter().any(|queued| match queued {
+            Queued::Write(key) => self
+                .peer_requests
+                .get(*key)
+                .is_some_and(|write| write.volume == volume && write.range.overlaps(range)),
+            Queued::Barrier(_)
+            | Queued::Read(_)
+            | Queued::ResyncRead(..)
+            | Queued::VerifyRead(_)
+            | Queued::ResyncReply { .. } => false,
+        })
+    }
+
+    /// Resync and verify reads that wait behind writes.
+    pub(super) fn nr_queued_reads(&self) -> usize {
+        self.rx.queued_reads
     }
 
     pub(super) fn receive_must_queue(&self) -> bool {
@@ -289,8 +305,8 @@ impl Resource {
                 device.counters.written_sectors += range.len().0;
                 // Either side of a resync: the sender clears the same blocks when its own leg is done.
                 // A write from before the resync proves nothing: a newer one may be noted only.
-                let syncing = matches!(device.repl, ReplState::SyncTarget | ReplState::SyncSource)
-                    && self.peer_requests[key].resync == Some(device.resync_nr);
+                let syncing =
+                    device.repl.is_syncing() && self.peer_requests[key].resync == Some(device.resync_nr);
                 let mut ack = self.block_ack(key, false);
                 if current && syncing && !self.lies_under_missing_write(volume, range) {
                     self.devices[volume].unmark(range);
@@ -321,9 +337,7 @@ impl Resource {
         self.rx.active -= 1;
         self.try_end_epoch();
         self.forget_orphaned_epochs();
-        if self.devices[volume].repl == ReplState::SyncTarget {
-            self.resync_target_go_on(volume);
-        }
+        self.resync_target_go_on(volume);
     }
 
     fn block_ack(&self, key: usize, set_in_sync: bool) -> v1::BlockAck {
@@ -406,7 +420,14 @@ impl Resource {
     pub(super) fn drain_receive_queue(&mut self) {
         while self.rx.barrier.is_none() && !self.receive_held() {
             match self.rx.queue.pop_front() {
-                Some(Queued::ResyncRead(header)) => self.start_resync_read(&header),
+                Some(Queued::ResyncRead(header, digest)) => {
+                    self.rx.queued_reads -= 1;
+                    self.start_resync_read(&header, digest);
+                }
+                Some(Queued::VerifyRead(header)) => {
+                    self.rx.queued_reads -= 1;
+                    self.start_verify_read(&header);
+                }
                 Some(Queued::Read(header)) => self.start_remote_read(&header),
                 Some(Queued::Write(key)) => self.start_peer_write(key),
                 Some(Queued::ResyncReply { volume, key, seq }) => self.resync_reply_turn(volume, key, seq),
@@ -426,13 +447,16 @@ impl Resource {
         self.rx.orphaned = true;
         let promised = |item: &Queued| match item {
             Queued::Write(key) => self.peer_requests[*key].received_acked,
-            Queued::Barrier(_) | Queued::Read(_) | Queued::ResyncRead(_) | Queued::ResyncReply { .. } => {
-                false
-            }
+            Queued::Barrier(_)
+            | Queued::Read(_)
+            | Queued::ResyncRead(..)
+            | Queued::VerifyRead(_)
+            | Queued::ResyncReply { .. } => false,
         };
         let keep = !self.rx.hold && self.rx.queue.iter().any(promised);
         self.rx.hold = false;
         let queue = std::mem::take(&mut self.rx.queue);
+        self.rx.queued_reads = 0;
         if keep {
             self.rx.queue = queue
                 .into_iter()
@@ -486,7 +510,7 @@ impl Resource {
         };
         let Some(session) = self.session.as_ref().map(|session| session.id) else { return };
         if self.devices[volume].disk == DiskState::UpToDate {
-            let context = IoContext::RemoteRead { volume, session, request: header.request };
+            let context = IoContext::RemoteRead { volume, session, request: header.request, range };
             self.submit_io(volume, DiskOp::Read, Some(range), false, None, context);
             self.remote_reads.push((header.request, range));
         } else {
@@ -500,18 +524,20 @@ impl Resource {
         volume: usize,
         session: SessionId,
         request: u64,
+        range: BlockRange,
         result: Result<DiskOk, IoError>,
     ) {
         self.devices[volume].ios -= 1;
-        let at = self.remote_reads.iter().position(|(id, _)| *id == request);
-        let range = at.map(|at| self.remote_reads.swap_remove(at).1);
+        // A peer may use one id for two reads: each is answered with its own range.
+        let at = self.remote_reads.iter().position(|open| *open == (request, range));
+        let open = at.map(|at| self.remote_reads.swap_remove(at)).is_some();
         let current = self.session.as_ref().is_some_and(|now| now.id == session);
-        let (Some(range), true) = (range, current) else {
+        if !open || !current {
             if let Ok(DiskOk { buffer: Some(buffer), .. }) = result {
                 self.out.push_back(Output::Release(buffer));
             }
             return;
-        };
+        }
         match result {
             Ok(DiskOk { buffer: Some(id), .. }) => {
                 let reply = v1::BlockReply {
@@ -519,6 +545,7 @@ impl Resource {
                     sector: range.start().0,
                     nr_sectors: range.len().0,
                     request,
+                    window_sectors: 0,
                 };
                 self.devices[volume].counters.read_sectors += range.len().0;
                 self.devices[volume].counters.sent_sectors += range.len().0;

@@ -2,6 +2,7 @@
 use super::Resource;
 use super::attach::DiskProcedure;
 use super::config::WriteOrdering;
+use super::resync::Verify;
 use super::state::{ConnState, ReplState, Role};
 use super::status::{ConnectionStatus, PeerVolumeStatus, ResourceStatus, ResyncStatus, States, VolumeStatus};
 use crate::units::{Time, VolumeNr};
@@ -45,7 +46,10 @@ impl Resource {
                 rs_in_flight_sectors: self
                     .devices
                     .iter()
-                    .filter_map(|d| Some(d.resync.as_ref()?.in_flight_sectors))
+                    .map(|d| {
+                        d.resync.as_ref().map_or(0, |resync| resync.pace.in_flight())
+                            + d.verify.as_ref().map_or(0, Verify::in_flight_sectors)
+                    })
                     .sum(),
                 peer_volumes: (0..self.devices.len()).map(|at| self.peer_volume_status(at, now)).collect(),
             },
@@ -73,21 +77,7 @@ impl Resource {
 
     fn peer_volume_status(&self, at: usize, now: Time) -> PeerVolumeStatus {
         let device = &self.devices[at];
-        let running = matches!(device.repl, ReplState::SyncSource | ReplState::SyncTarget);
-        let resync = device.resync.as_ref().filter(|_| running).map(|resync| {
-            let bits_left = device.bitmap.count();
-            let elapsed_ms = now.ms_since(resync.started);
-            let done_kib = resync.bits_total.saturating_sub(bits_left) * 4;
-            let rate_kib_s = (done_kib * 1000).checked_div(elapsed_ms).unwrap_or(0);
-            ResyncStatus {
-                bits_total: resync.bits_total,
-                bits_left,
-                bits_failed: resync.bits_failed,
-                elapsed_ms,
-                rate_kib_s,
-                eta_s: (bits_left * 4).checked_div(rate_kib_s),
-            }
-        });
+        let resync = self.resync_status(at, now).or_else(|| self.verify_status(at, now));
         PeerVolumeStatus {
             volume: device.nr,
             replication: device.repl,
@@ -102,7 +92,50 @@ impl Resource {
                 .count() as u64,
             unacked: self.peer_requests.iter().filter(|(_, request)| request.volume() == at).count() as u64,
             resync,
+            suspended: device.pauses.reasons(),
         }
+    }
+
+    fn resync_status(&self, at: usize, now: Time) -> Option<ResyncStatus> {
+        let device = &self.devices[at];
+        let resync = device.resync.as_ref().filter(|_| device.repl.is_syncing())?;
+        let paused_ms = resync.paused_ms + resync.paused_since.map_or(0, |since| now.ms_since(since));
+        let bits_left = device.bitmap.count();
+        let elapsed_ms = now.ms_since(resync.started);
+        let done_kib = resync.bits_total.saturating_sub(bits_left) * 4;
+        let rate_kib_s = (done_kib * 1000).checked_div(elapsed_ms.saturating_sub(paused_ms)).unwrap_or(0);
+        let standing = resync.paused_since.is_some();
+        Some(ResyncStatus {
+            verify: false,
+            bits_total: resync.bits_total,
+            bits_left,
+            bits_failed: resync.bits_failed,
+            bits_same: resync.bits_same,
+            elapsed_ms,
+            paused_ms,
+            rate_kib_s,
+            eta_s: if standing { None } else { (bits_left * 4).checked_div(rate_kib_s) },
+        })
+    }
+
+    fn verify_status(&self, at: usize, now: Time) -> Option<ResyncStatus> {
+        let device = &self.devices[at];
+        let verify = device.verify.as_ref().filter(|_| device.repl.is_verifying())?;
+        let bits_left = verify.bits_left();
+        let elapsed_ms = now.ms_since(verify.started);
+        let done_kib = verify.bits_total().saturating_sub(bits_left) * 4;
+        let rate_kib_s = (done_kib * 1000).checked_div(elapsed_ms).unwrap_or(0);
+        Some(ResyncStatus {
+            verify: true,
+            bits_total: verify.bits_total(),
+            bits_left,
+            bits_failed: 0,
+            bits_same: 0,
+            elapsed_ms,
+            paused_ms: 0,
+            rate_kib_s,
+            eta_s: (bits_left * 4).checked_div(rate_kib_s),
+        })
     }
 
     /// What keeps something from going on, in words an operator can act on.
@@ -158,6 +191,9 @@ impl Resource {
                     "volume {nr}: {} request(s) for an overlapping one",
                     device.locks.nr_waiting()
                 ));
+            }
+            if matches!(device.repl, ReplState::PausedSyncS | ReplState::PausedSyncT) {
+                waits.push(format!("volume {nr}: a paused resync, paused by {}", device.pauses.reasons()));
             }
             if matches!(device.repl, ReplState::WFBitMapS | ReplState::WFBitMapT | ReplState::WFSyncUUID) {
                 waits.push(format!("volume {nr}: the bitmap exchange with {peer}"));

@@ -22,7 +22,7 @@ use super::state::{DiskState, ReplState, Role};
 use super::timer::Timer;
 use super::transfer_log::EpochNr;
 use super::{IoContext, Resource};
-use crate::units::{BlockRange, SectorCount, VolumeNr};
+use crate::units::{BlockRange, SectorCount, Time, VolumeNr};
 use lockstep_proto::{Message, limits, v1};
 
 /// An epoch that is complete waits this long for a reason to send its barrier.
@@ -60,6 +60,8 @@ pub(super) enum Answer {
 pub(super) struct Request {
     seq: u32,
     id: RequestId,
+    /// When it came.
+    issued: Time,
     pub(super) volume: usize,
     op: RequestOp,
     pub(super) range: BlockRange,
@@ -152,6 +154,7 @@ impl Resource {
         let key = self.requests.insert(Request {
             seq: self.next_seq,
             id: request.id,
+            issued: self.now,
             volume,
             op: request.op,
             range: request.range,
@@ -261,6 +264,7 @@ impl Resource {
         let good_local = local && device.disk == DiskState::UpToDate;
         let good_remote = mode == MirrorMode::Data && device.peer_disk == DiskState::UpToDate;
         self.requests[key].submitted = true;
+        self.verify_touched(volume, self.requests[key].range);
         if !good_local && !good_remote && self.waits_for_data(volume) {
             self.requests[key].again = true;
             return;
@@ -300,10 +304,7 @@ impl Resource {
         self.send_barriers();
         let protocol = self.cfg.net.protocol;
         let volume = self.requests[key].volume;
-        let resyncing = matches!(
-            self.devices[volume].repl,
-            ReplState::SyncSource | ReplState::PausedSyncS | ReplState::SyncTarget
-        );
+        let resyncing = self.devices[volume].repl.is_syncing();
         let number = u32::from(self.devices[volume].nr.0);
         let request = &mut self.requests[key];
         request.epoch = Some(epoch);
@@ -429,11 +430,11 @@ impl Resource {
             request.in_sync_at_peer = false;
             let (volume, range) = (request.volume, request.range);
             match self.devices[volume].repl {
-                ReplState::SyncSource => {
+                ReplState::SyncSource | ReplState::PausedSyncS => {
                     self.devices[volume].unmark(range);
                     self.source_try_finish(volume);
                 }
-                ReplState::SyncTarget => {
+                ReplState::SyncTarget | ReplState::PausedSyncT => {
                     self.devices[volume].unmark(range);
                     self.resync_target_go_on(volume);
                 }
@@ -538,6 +539,10 @@ impl Resource {
         debug_assert!(!request.completed, "request {:?} completes twice", request.id);
         request.completed = true;
         let (id, volume, range, epoch) = (request.id, request.volume, request.range, request.epoch);
+        let latency_ns = self.now.0.saturating_sub(request.issued.0);
+        let device = &mut self.devices[volume];
+        let beside = device.repl.is_syncing() || device.repl.is_verifying();
+        device.foreground.write_done(latency_ns, beside);
         self.out.push_back(Output::Complete { id, result, data: None });
         if let Some(epoch) = epoch {
             self.end_epoch_soon(epoch);
@@ -586,7 +591,16 @@ impl Resource {
                 LockOwner::ResyncTarget(key) if self.resync_write_waits(volume, key) => {
                     self.resync_write_locked(volume, key);
                 }
-                LockOwner::ResyncSource(_) | LockOwner::ResyncTarget(_) => {}
+                LockOwner::VerifyAsk(key) if self.ov_check_waits(volume, key) => {
+                    self.ov_check_locked(volume, key);
+                }
+                LockOwner::VerifyAnswer(key) if self.ov_read_waits(volume, key) => {
+                    self.ov_read_locked(volume, key);
+                }
+                LockOwner::ResyncSource(_)
+                | LockOwner::ResyncTarget(_)
+                | LockOwner::VerifyAsk(_)
+                | LockOwner::VerifyAnswer(_) => {}
             }
         }
         self.granted = granted;

@@ -386,6 +386,8 @@ impl Resource {
             uuid_current: 0,
             size_sectors: size.0,
             assume_clean: options.assume_clean,
+            start_sector: 0,
+            stop_sector: 0,
         };
         self.send(Message::StateRequest(request), Payload::None);
         self.next_state_request

@@ -435,6 +435,11 @@ impl Resource {
     // ---- asking the peer ------------------------------------------------------------------------
 
     fn ask_peer(&mut self, kind: Kind, volume: u32, uuid_current: u64) -> u64 {
+        let (start_sector, stop_sector) = self
+            .wire_device(volume)
+            .filter(|_| kind == Kind::StartVerify)
+            .and_then(|at| self.devices[at].verify_wanted)
+            .unwrap_or_default();
         self.next_state_request += 1;
         let id = self.next_state_request;
         self.send(
@@ -445,6 +450,8 @@ impl Resource {
                 uuid_current,
                 size_sectors: 0,
                 assume_clean: false,
+                start_sector,
+                stop_sector,
             }),
             Payload::None,
         );
@@ -480,6 +487,11 @@ impl Resource {
                 Kind::Promote | Kind::Detach | Kind::ResizeAsk | Kind::ResizeCommit | Kind::Outdate => {}
                 Kind::StartFullSyncAsTarget => self.begin_resync(volume, true, true, DiskState::Inconsistent),
                 Kind::StartFullSyncAsSource => self.begin_resync(volume, false, true, DiskState::UpToDate),
+                Kind::StartSyncAsTarget => self.begin_resync(volume, true, false, DiskState::Inconsistent),
+                Kind::StartSyncAsSource => self.begin_resync(volume, false, false, DiskState::UpToDate),
+                Kind::StartVerify => {
+                    self.begin_verify(volume, false, request.start_sector, request.stop_sector);
+                }
                 Kind::SkipInitialSync => self.skip_initial_sync(volume, request.uuid_current),
             }
         }
@@ -531,13 +543,15 @@ impl Resource {
             return Err(refusal(-8, "Can not start OV/resync since it is already active", Vec::new(), ""));
         }
         match kind {
-            Kind::StartFullSyncAsTarget if device.disk != DiskState::UpToDate => {
+            Kind::StartFullSyncAsTarget | Kind::StartSyncAsTarget | Kind::StartVerify
+                if device.disk != DiskState::UpToDate =>
+            {
                 Err(refusal(-2, "Need access to UpToDate data", Vec::new(), ""))
             }
-            Kind::StartFullSyncAsSource if !device.writable() => {
+            Kind::StartFullSyncAsSource | Kind::StartSyncAsSource if !device.writable() => {
                 Err(refusal(-5, "Can not resync without remote disk", Vec::new(), ""))
             }
-            Kind::StartFullSyncAsSource if self.role == Role::Primary => {
+            Kind::StartFullSyncAsSource | Kind::StartSyncAsSource if self.role == Role::Primary => {
                 let facts = vec!["that node is Primary".into()];
                 Err(refusal(-10, "State change was refused by peer node", facts, ""))
             }
@@ -551,6 +565,9 @@ impl Resource {
             | Kind::Outdate
             | Kind::StartFullSyncAsTarget
             | Kind::StartFullSyncAsSource
+            | Kind::StartSyncAsTarget
+            | Kind::StartSyncAsSource
+            | Kind::StartVerify
             | Kind::SkipInitialSync => Ok(()),
         }
     }
@@ -595,8 +612,11 @@ impl Resource {
         }
         let device = &self.devices[asked.volume];
         let fits = match asked.kind {
-            Kind::StartFullSyncAsTarget => self.role != Role::Primary && self.role_change.is_none(),
-            Kind::StartFullSyncAsSource => device.disk == DiskState::UpToDate,
+            Kind::StartFullSyncAsTarget | Kind::StartSyncAsTarget => {
+                self.role != Role::Primary && self.role_change.is_none()
+            }
+            Kind::StartFullSyncAsSource | Kind::StartSyncAsSource => device.disk == DiskState::UpToDate,
+            Kind::StartVerify => device.verify_wanted.is_some(),
             Kind::SkipInitialSync => device.uuids.current & !1 == UUID_JUST_CREATED,
             Kind::Promote | Kind::Detach | Kind::ResizeAsk | Kind::ResizeCommit | Kind::Outdate => true,
         };
@@ -616,6 +636,15 @@ impl Resource {
         }
         match asked.kind {
             Kind::StartFullSyncAsTarget => self.begin_resync(asked.volume, false, true, DiskState::UpToDate),
+            Kind::StartSyncAsTarget => self.begin_resync(asked.volume, false, false, DiskState::UpToDate),
+            Kind::StartSyncAsSource => {
+                self.begin_resync(asked.volume, true, false, DiskState::Inconsistent);
+            }
+            Kind::StartVerify => {
+                if let Some((start, stop)) = self.take_verify_wanted(asked.volume) {
+                    self.begin_verify(asked.volume, true, start, stop);
+                }
+            }
             Kind::StartFullSyncAsSource => {
                 self.begin_resync(asked.volume, true, true, DiskState::Inconsistent);
             }

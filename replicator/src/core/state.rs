@@ -105,6 +105,32 @@ names! {
     }
 }
 
+impl ReplState {
+    /// Source of a resync that runs or is paused.
+    #[must_use]
+    pub const fn is_sync_source(self) -> bool {
+        matches!(self, Self::SyncSource | Self::PausedSyncS)
+    }
+
+    /// Target of a resync that runs or is paused.
+    #[must_use]
+    pub const fn is_sync_target(self) -> bool {
+        matches!(self, Self::SyncTarget | Self::PausedSyncT)
+    }
+
+    /// Either side of a resync that runs or is paused: blocks are being proven equal.
+    #[must_use]
+    pub const fn is_syncing(self) -> bool {
+        self.is_sync_source() || self.is_sync_target()
+    }
+
+    /// Either side of an online verify.
+    #[must_use]
+    pub const fn is_verifying(self) -> bool {
+        matches!(self, Self::VerifyS | Self::VerifyT)
+    }
+}
+
 names! {
     /// State of a disk (SEM §5). The order matters.
     DiskState {

@@ -106,21 +106,29 @@ pub struct PeerVolumeStatus {
     pub pending: u64,
     /// Requests from the peer and unanswered.
     pub unacked: u64,
-    /// A resync that is running.
+    /// A resync or verify that is running or paused.
     pub resync: Option<ResyncStatus>,
+    /// Who pauses a resync: `no`, or `user`, `peer`, `dependency` with commas.
+    pub suspended: String,
 }
 
-/// Progress of a resync.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+/// Progress of a resync or verify.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct ResyncStatus {
+    /// A verify.
+    pub verify: bool,
     /// Bits set when it started (4 KiB each).
     pub bits_total: u64,
     /// Bits still set.
     pub bits_left: u64,
     /// Bits given up on.
     pub bits_failed: u64,
+    /// Bits whose digests were equal.
+    pub bits_same: u64,
     /// Milliseconds since the start.
     pub elapsed_ms: u64,
+    /// Milliseconds of them that it was paused.
+    pub paused_ms: u64,
     /// Mean rate since the start, KiB/s.
     pub rate_kib_s: u64,
     /// Seconds to the end at that rate; `None` when it stands still.

@@ -27,6 +27,11 @@ impl Resource {
             | AdminCommand::Secondary
             | AdminCommand::Invalidate(_)
             | AdminCommand::InvalidateRemote(_)
+            | AdminCommand::InvalidateMarked(_)
+            | AdminCommand::InvalidateRemoteMarked(_)
+            | AdminCommand::Verify { .. }
+            | AdminCommand::PauseSync(_)
+            | AdminCommand::ResumeSync(_)
             | AdminCommand::Outdate(_)
             | AdminCommand::NewCurrentUuid { .. }
             | AdminCommand::Resize { .. }
@@ -72,6 +77,25 @@ impl Resource {
                 self.on_volume(reply, volume, |core, at| {
                     core.full_resync(reply, at, Kind::StartFullSyncAsSource);
                 });
+            }
+            AdminCommand::InvalidateMarked(volume) => {
+                self.on_volume(reply, volume, |core, at| {
+                    core.full_resync(reply, at, Kind::StartSyncAsTarget);
+                });
+            }
+            AdminCommand::InvalidateRemoteMarked(volume) => {
+                self.on_volume(reply, volume, |core, at| {
+                    core.full_resync(reply, at, Kind::StartSyncAsSource);
+                });
+            }
+            AdminCommand::Verify { volume, start, stop } => {
+                self.on_volume(reply, volume, |core, at| core.on_verify(id, at, start, stop));
+            }
+            AdminCommand::PauseSync(volume) => {
+                self.on_volume(reply, volume, |core, at| core.pause_sync(reply, at));
+            }
+            AdminCommand::ResumeSync(volume) => {
+                self.on_volume(reply, volume, |core, at| core.resume_sync(reply, at));
             }
             AdminCommand::Outdate(volume) => {
                 self.on_volume(reply, volume, |core, at| core.outdate(reply, at));
@@ -122,9 +146,10 @@ impl Resource {
         }
     }
 
-    /// `invalidate` and `invalidate-remote` (SEM §17).
+    /// `invalidate` and `invalidate-remote`, of everything or of what is marked (SEM §17).
     fn full_resync(&mut self, reply: Reply, volume: usize, kind: Kind) {
-        let target_here = kind == Kind::StartFullSyncAsTarget;
+        let target_here = matches!(kind, Kind::StartFullSyncAsTarget | Kind::StartSyncAsTarget);
+        let full = matches!(kind, Kind::StartFullSyncAsTarget | Kind::StartFullSyncAsSource);
         let device = &self.devices[volume];
         let name = self.cfg.name.clone();
         let mut facts = vec![
@@ -133,9 +158,9 @@ impl Resource {
         ];
         let refused = if !device.writable() {
             Some((-4, "Can not resync without local disk", format!("drbdadm attach {name}")))
-        } else if self.conn == ConnState::StandAlone && self.role == Role::Secondary && target_here {
+        } else if self.conn == ConnState::StandAlone && self.role == Role::Secondary && target_here && full {
             return self.invalidate_alone(reply, volume);
-        } else if self.conn == ConnState::StandAlone && self.role == Role::Primary && !target_here {
+        } else if self.conn == ConnState::StandAlone && self.role == Role::Primary && !target_here && full {
             return self.invalidate_remote_alone(reply, volume);
         } else if self.conn != ConnState::Connected {
             Some((-15, "Need a connection to start verify or resync", format!("drbdadm connect {name}")))

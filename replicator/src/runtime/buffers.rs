@@ -9,7 +9,7 @@
 //! what comes in from the peer, and what the disk reads on its own for the peer. An empty account stops only the
 //! source that fills it, so that two sources cannot starve each other. Metadata blocks are never refused: the core
 //! bounds them.
-use crate::core::event::BufferId;
+use crate::core::event::{BufferId, Digest};
 use bytes::Bytes;
 use nix::libc;
 use std::alloc::{Layout, alloc, dealloc};
@@ -334,6 +334,17 @@ impl BufferRef {
         middle.iter().all(|&word| word == 0) && head.iter().chain(tail).all(|&byte| byte == 0)
     }
 
+    /// A digest of the first `len` bytes, strong enough to stand for them.
+    pub(super) fn digest(&self, len: usize) -> Digest {
+        let contents = self.contents();
+        let hash = blake3::hash(&contents[..len.min(contents.len())]);
+        let mut words = [0; 4];
+        for (word, bytes) in words.iter_mut().zip(hash.as_bytes().chunks_exact(8)) {
+            *word = bytes.iter().rev().fold(0, |word, byte| word << 8 | u64::from(*byte));
+        }
+        Digest(words)
+    }
+
     /// Copies bytes in.
     ///
     /// # Panics
@@ -506,6 +517,8 @@ mod tests {
         buffer.copy_in(0, b"2");
         assert_ne!(buffer.crc(9), 0xe306_9283);
         assert_eq!(&buffer.to_bytes()[..3], b"223");
+        assert_ne!(buffer.digest(9), buffer.digest(8));
+        assert_eq!(buffer.digest(9), buffer.digest(9));
         assert!(!buffer.is_zero());
         buffer.fill_zero();
         assert!(buffer.is_zero());

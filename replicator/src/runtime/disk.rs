@@ -235,6 +235,8 @@ pub(super) struct DataJob {
     buffer: Option<BufferRef>,
     /// The buffer was taken for the core, which gets it with the answer.
     taken: bool,
+    /// A digest of the data goes with the answer.
+    digest: bool,
     fua: bool,
     offset: u64,
     len: u64,
@@ -264,7 +266,7 @@ impl DataJob {
         let mut buffer = io.buffer.map(|id| pool.get(id));
         let mut taken = false;
         let stage = match io.op {
-            DiskOp::Read => {
+            DiskOp::Read | DiskOp::ReadDigest => {
                 if buffer.is_none() {
                     let bytes = usize::try_from(len).unwrap_or(usize::MAX);
                     assert!(bytes <= MAX_BUFFER_BYTES, "a read of {bytes} bytes");
@@ -295,6 +297,7 @@ impl DataJob {
             stage,
             buffer,
             taken,
+            digest: io.op == DiskOp::ReadDigest,
             fua: io.fua,
             offset,
             len,
@@ -365,12 +368,14 @@ impl DataJob {
     }
 
     fn ok(&mut self) -> DiskOk {
+        let len = usize::try_from(self.len).unwrap_or(usize::MAX);
+        let digest = self.buffer.as_ref().filter(|_| self.digest).map(|buffer| buffer.digest(len));
         if !self.taken {
-            return DiskOk::default();
+            return DiskOk { digest, ..DiskOk::default() };
         }
         let all_zero = self.buffer.as_ref().is_some_and(BufferRef::is_zero);
         let buffer = self.buffer.take().map(|buffer| self.pool.hand_to_core(buffer));
-        DiskOk { buffer, all_zero }
+        DiskOk { buffer, all_zero, digest }
     }
 
     fn on_errno(&mut self, errno: Errno) -> Option<Result<DiskOk, IoError>> {

@@ -37,6 +37,20 @@ pub(super) fn tell(resource: &str, event: &Event) {
                 );
             }
         }
+        Event::OutOfSync { volume: VolumeNr(volume), range } => {
+            let (start, size) = (range.start().0, range.len().0);
+            tracing::error!(resource, volume, "Out of sync: start={start}, size={size} (sectors)");
+        }
+        Event::VerifyDone { volume: VolumeNr(volume), bits_total, elapsed_ms, .. } => {
+            let total_kib = bits_total * KIB_PER_BIT;
+            let rate = total_kib * 1000 / (*elapsed_ms).max(1);
+            let seconds = elapsed_ms / 1000;
+            tracing::info!(
+                resource,
+                volume,
+                "Online verify done (total {seconds} sec; {total_kib} KiB; {rate} K/sec)"
+            );
+        }
         Event::Note(Severity::Error, text) => tracing::error!(resource, "{text}"),
         Event::Note(Severity::Warning, text) => tracing::warn!(resource, "{text}"),
         Event::Note(Severity::Info, text) => tracing::info!(resource, "{text}"),

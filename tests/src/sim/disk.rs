@@ -134,6 +134,12 @@ impl Disk {
         }
     }
 
+    /// A sector changes without anybody writing it; a read finds `value` from now on.
+    pub fn rot(&mut self, sector: u64, value: u32) {
+        self.now[at(sector)] = value;
+        self.stable[at(sector)] = value;
+    }
+
     /// What a flush submitted now will cover.
     #[must_use]
     pub const fn mark(&self) -> u64 {

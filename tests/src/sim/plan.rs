@@ -2,7 +2,7 @@
 //! features) and a list of timed actions. A plan is data, so that a failing one can be made smaller.
 use super::Rng;
 use super::world::{Options, Weather};
-use lockstep_replicator::core::config::{OnIoError, Protocol};
+use lockstep_replicator::core::config::{OnIoError, Protocol, RateControl};
 
 const MS: u64 = 1_000_000;
 const SECOND: u64 = 1000 * MS;
@@ -210,7 +210,8 @@ fn options(seed: u64, rng: &mut Rng) -> Options {
     volume.al_updates = !rng.percent(4);
     volume.on_io_error = if rng.percent(20) { OnIoError::PassOn } else { OnIoError::Detach };
     if rng.percent(15) && options.sectors < 20 * 8192 {
-        volume.resync_rate_kib_s = Some(2000 + rng.below(20_000));
+        volume.resync.control = RateControl::Fixed;
+        volume.resync.rate_kib_s = 2000 + rng.below(20_000);
     }
     options.weather = Weather {
         disk_us: pick(rng, &[50, 400, 400, 3000]),

@@ -10,8 +10,8 @@ use lockstep_proto::Message;
 use lockstep_replicator::core::Resource;
 use lockstep_replicator::core::config::{NetConfig, ResourceOptions, VolumeConfig};
 use lockstep_replicator::core::event::{
-    AdminCommand, DiskIo, DiskOk, DiskOp, Event, HandlerName, HandlerToken, Input, IoError, IoId, MetaId,
-    Output, Request, RequestId, RequestOp, SessionId,
+    AdminCommand, Digest, DiskIo, DiskOk, DiskOp, Event, HandlerName, HandlerToken, Input, IoError, IoId,
+    MetaId, Output, Request, RequestId, RequestOp, SessionId,
 };
 use lockstep_replicator::core::state::{ConnState, DiskState, ReplState, Role};
 use lockstep_replicator::core::status::{ResourceStatus, States};
@@ -569,11 +569,11 @@ impl World {
     /// Whether this IO fails, as ordered or by chance.
     fn io_fails(&mut self, node: usize, volume: usize, io: &DiskIo) -> bool {
         let this = &mut self.nodes[node];
-        let write = !matches!(io.op, DiskOp::Read | DiskOp::Flush);
+        let write = !matches!(io.op, DiskOp::Read | DiskOp::ReadDigest | DiskOp::Flush);
         let unlucky = this.eio_per_mille > 0 && self.rng.below(1000) < this.eio_per_mille;
         let faults = &mut this.disks[volume].faults;
         let (all, own) = match io.op {
-            DiskOp::Read => (&mut 0, &mut faults.reads),
+            DiskOp::Read | DiskOp::ReadDigest => (&mut 0, &mut faults.reads),
             DiskOp::Flush => (&mut this.fail_flushes, &mut faults.flushes),
             DiskOp::Write | DiskOp::WriteZeroes { .. } | DiskOp::Discard => {
                 (&mut this.fail_writes, &mut faults.writes)
@@ -598,7 +598,7 @@ impl World {
     fn disk_done(&mut self, node: usize, id: u64) {
         let Some(InFlight { io, content, mark }) = self.nodes[node].ios.remove(&id) else { return };
         let volume = usize::from(io.volume.0);
-        let write = !matches!(io.op, DiskOp::Read | DiskOp::Flush);
+        let write = !matches!(io.op, DiskOp::Read | DiskOp::ReadDigest | DiskOp::Flush);
         let mut result = Ok(DiskOk::default());
         if self.io_fails(node, volume, &io) {
             self.trace(|| format!("n{node} disk io {id} fails"));
@@ -609,7 +609,7 @@ impl World {
         } else {
             let this = &mut self.nodes[node];
             match (io.op, io.range) {
-                (DiskOp::Read, Some(range)) => {
+                (DiskOp::Read | DiskOp::ReadDigest, Some(range)) => {
                     let data = this.disks[volume].read(range);
                     if let Some(buffer) = io.buffer {
                         if let Some(buffer) = this.buffers.get_mut(&buffer.0) {
@@ -617,8 +617,9 @@ impl World {
                         }
                     } else {
                         let all_zero = data.iter().all(|value| *value == 0);
+                        let digest = (io.op == DiskOp::ReadDigest).then(|| digest(&data));
                         let buffer = this.new_buffer(data);
-                        result = Ok(DiskOk { buffer: Some(buffer), all_zero });
+                        result = Ok(DiskOk { buffer: Some(buffer), all_zero, digest });
                     }
                 }
                 (DiskOp::Flush, _) => this.disks[volume].flush(mark),
@@ -723,7 +724,12 @@ impl World {
                 self.oracle_event(node, &event);
                 if matches!(
                     event,
-                    Event::Role(..) | Event::Handshake(_) | Event::ResyncDone { .. } | Event::Note(..)
+                    Event::Role(..)
+                        | Event::Handshake(_)
+                        | Event::ResyncDone { .. }
+                        | Event::VerifyDone { .. }
+                        | Event::OutOfSync { .. }
+                        | Event::Note(..)
                 ) {
                     self.log.push((self.now, node, event));
                 }
@@ -778,15 +784,16 @@ impl World {
         let content = match io.op {
             DiskOp::Write => io.buffer.map(|id| this.data(id)[..length].to_vec()).unwrap_or_default(),
             DiskOp::WriteZeroes { .. } | DiskOp::Discard => vec![0; length],
-            DiskOp::Read | DiskOp::Flush => Vec::new(),
+            DiskOp::Read | DiskOp::ReadDigest | DiskOp::Flush => Vec::new(),
         };
         if let Some(buffer) = io.buffer.and_then(|id| this.buffers.get_mut(&id.0)) {
             buffer.disk += 1;
         }
-        if io.op != DiskOp::Read && io.op != DiskOp::Flush && io.range.is_some() {
+        let reads = |op: DiskOp| matches!(op, DiskOp::Read | DiskOp::ReadDigest);
+        if !reads(io.op) && io.op != DiskOp::Flush && io.range.is_some() {
             let range = io.range;
             let overlap = this.ios.values().any(|other| {
-                other.io.op != DiskOp::Read
+                !reads(other.io.op)
                     && other.io.volume == io.volume
                     && other.io.range.is_some_and(|other| range.is_some_and(|range| range.overlaps(other)))
             });
@@ -805,6 +812,17 @@ impl World {
             self.schedule(self.now + delay, Ev::Disk { node, life, id });
         }
     }
+}
+
+/// What a digest of real data would be here: four different mixes of what the sectors hold.
+fn digest(data: &[u32]) -> Digest {
+    let words = [1_u64, 2, 3, 4].map(|salt| {
+        data.iter().fold(salt, |state, value| {
+            let mut rng = Rng::new(state ^ u64::from(*value));
+            rng.next()
+        })
+    });
+    Digest(words)
 }
 
 fn meta_text(write: &lockstep_replicator::core::event::MetaWrite) -> String {

@@ -43,7 +43,7 @@ options! {
     MAX_EPOCH_SIZE: Net, "max-epoch-size", number(Unit::Count, 2048, 1, 20000), V8, Used;
     MAX_BUFFERS: Net, "max-buffers",
         number(Unit::Count, 2048, 32, 131072),
-        V8, AcceptedWithoutMeaning("buffers are bounded by the pool of the resource");
+        V8, Used;
     CONNECT_INT: Net, "connect-int", number(Unit::Seconds, 10, 1, 120), V8, Used;
     PING_INT: Net, "ping-int", number(Unit::Seconds, 10, 1, 120), V8, Used;
     PING_TIMEOUT: Net, "ping-timeout", number(Unit::Deciseconds, 5, 1, 300), V8, Used;
@@ -80,9 +80,9 @@ options! {
         V8, Used;
     CONGESTION_FILL: Net, "congestion-fill", number(Unit::Sectors, 0, 0, 20971520), V8, Used;
     CONGESTION_EXTENTS: Net, "congestion-extents", number(Unit::Count, 1237, 67, 65534), V8, Used;
-    CSUMS_ALG: Net, "csums-alg", Kind::Text { max_len: 63 }, V8, Known;
-    CSUMS_AFTER_CRASH_ONLY: Net, "csums-after-crash-only", boolean(false), V8, Known;
-    VERIFY_ALG: Net, "verify-alg", Kind::Text { max_len: 63 }, V8, Known;
+    CSUMS_ALG: Net, "csums-alg", Kind::Text { max_len: 63 }, V8, Used;
+    CSUMS_AFTER_CRASH_ONLY: Net, "csums-after-crash-only", boolean(false), V8, Used;
+    VERIFY_ALG: Net, "verify-alg", Kind::Text { max_len: 63 }, V8, Used;
     USE_RLE: Net, "use-rle", boolean(true), V8, AcceptedWithoutMeaning("bitmaps travel as whole pages");
     SOCKET_CHECK_TIMEOUT: Net, "socket-check-timeout", number(Unit::Deciseconds, 0, 0, 300), V8, Known;
     FENCING: Net, "fencing",
@@ -144,7 +144,7 @@ options! {
             "when-congested-remote", "32K-striping", "64K-striping", "128K-striping", "256K-striping",
             "512K-striping", "1M-striping"], default: "prefer-local" },
         V8, Known;
-    RS_DISCARD_GRANULARITY: Disk, "rs-discard-granularity", number(Unit::Bytes, 0, 0, 1048576), V8, Known;
+    RS_DISCARD_GRANULARITY: Disk, "rs-discard-granularity", number(Unit::Bytes, 0, 0, 1048576), V8, Used;
     MAX_BIO_BVECS: Disk, "max-bio-bvecs",
         number(Unit::Count, 0, 0, 128),
         V8Only, AcceptedWithoutMeaning("there are no kernel requests to limit");
@@ -154,10 +154,10 @@ options! {
     DISKLESS: Disk, "diskless", boolean(false), V9, Known;
     RESYNC_RATE: PeerDevice, "resync-rate", number(Unit::KibPerSecond, 250, 1, 8388608), V8, Used;
     C_PLAN_AHEAD: PeerDevice, "c-plan-ahead", number(Unit::Deciseconds, 20, 0, 300), V8, Used;
-    C_DELAY_TARGET: PeerDevice, "c-delay-target", number(Unit::Deciseconds, 10, 1, 100), V8, Known;
-    C_FILL_TARGET: PeerDevice, "c-fill-target", number(Unit::Sectors, 100, 0, 1048576), V8, Known;
-    C_MAX_RATE: PeerDevice, "c-max-rate", number(Unit::KibPerSecond, 102400, 0, 4194304), V8, Known;
-    C_MIN_RATE: PeerDevice, "c-min-rate", number(Unit::KibPerSecond, 250, 0, 4194304), V8, Known;
+    C_DELAY_TARGET: PeerDevice, "c-delay-target", number(Unit::Deciseconds, 10, 1, 100), V8, Used;
+    C_FILL_TARGET: PeerDevice, "c-fill-target", number(Unit::Sectors, 100, 0, 1048576), V8, Used;
+    C_MAX_RATE: PeerDevice, "c-max-rate", number(Unit::KibPerSecond, 102400, 0, 4194304), V8, Used;
+    C_MIN_RATE: PeerDevice, "c-min-rate", number(Unit::KibPerSecond, 250, 0, 4194304), V8, Used;
     BITMAP: PeerDevice, "bitmap", boolean(true), V9, Known;
     RESYNC_WITHOUT_REPLICATION: PeerDevice, "resync-without-replication", boolean(true), V9, Known;
     PEER_TIEBREAKER: PeerDevice, "peer-tiebreaker", boolean(true), V9, Known;
@@ -205,10 +205,10 @@ options! {
     FENCE_PEER: Handlers, "fence-peer", Kind::Text { max_len: 255 }, V8, Known;
     UNFENCE_PEER: Handlers, "unfence-peer", Kind::Text { max_len: 255 }, V9, Known;
     LOCAL_IO_ERROR: Handlers, "local-io-error", Kind::Text { max_len: 255 }, V8, Known;
-    BEFORE_RESYNC_TARGET: Handlers, "before-resync-target", Kind::Text { max_len: 255 }, V8, Known;
-    AFTER_RESYNC_TARGET: Handlers, "after-resync-target", Kind::Text { max_len: 255 }, V8, Known;
-    BEFORE_RESYNC_SOURCE: Handlers, "before-resync-source", Kind::Text { max_len: 255 }, V8, Known;
-    OUT_OF_SYNC: Handlers, "out-of-sync", Kind::Text { max_len: 255 }, V8, Known;
+    BEFORE_RESYNC_TARGET: Handlers, "before-resync-target", Kind::Text { max_len: 255 }, V8, Used;
+    AFTER_RESYNC_TARGET: Handlers, "after-resync-target", Kind::Text { max_len: 255 }, V8, Used;
+    BEFORE_RESYNC_SOURCE: Handlers, "before-resync-source", Kind::Text { max_len: 255 }, V8, Used;
+    OUT_OF_SYNC: Handlers, "out-of-sync", Kind::Text { max_len: 255 }, V8, Used;
     QUORUM_LOST: Handlers, "quorum-lost", Kind::Text { max_len: 255 }, V9, Known;
     DISCONNECTED: Handlers, "disconnected", Kind::Text { max_len: 255 }, V9, Known;
     PROXY_MEMLIMIT: Proxy, "memlimit",

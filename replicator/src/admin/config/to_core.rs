@@ -5,7 +5,7 @@ use super::resolve::is_number;
 use super::table as t;
 use crate::core::config::{
     AfterSb0Pri, AfterSb1Pri, AfterSb2Pri, Fencing, NetConfig, OnCongestion, OnIoError, OnNoData, Protocol,
-    ResourceConfig, ResourceOptions, RrConflict, VolumeConfig, WriteOrdering,
+    RateControl, ResourceConfig, ResourceOptions, ResyncConfig, RrConflict, VolumeConfig, WriteOrdering,
 };
 use crate::units::{SectorCount, VolumeNr};
 
@@ -139,13 +139,20 @@ fn net(o: &OptionSet) -> NetConfig {
         },
         congestion_fill_sectors: o.number(&t::CONGESTION_FILL),
         congestion_extents: o.number(&t::CONGESTION_EXTENTS),
+        max_buffers: o.number(&t::MAX_BUFFERS),
+        csums_alg: name(o, &t::CSUMS_ALG),
+        csums_after_crash_only: o.flag(&t::CSUMS_AFTER_CRASH_ONLY),
+        verify_alg: name(o, &t::VERIFY_ALG),
     }
+}
+
+/// A text option that may be empty.
+fn name(o: &OptionSet, spec: &OptionSpec) -> Option<String> {
+    Some(o.text(spec)).filter(|text| !text.is_empty()).map(str::to_owned)
 }
 
 fn volume(nr: u16, o: &OptionSet) -> VolumeConfig {
     let size = o.number(&t::SIZE);
-    // With the controller on (the default), the rate is only where it starts; fixed is what both options say together.
-    let fixed = o.get(&t::RESYNC_RATE).is_some() && is_number(o, &t::C_PLAN_AHEAD, 0);
     VolumeConfig {
         nr: VolumeNr(nr),
         user_size: (size > 0).then_some(SectorCount(size)),
@@ -161,8 +168,32 @@ fn volume(nr: u16, o: &OptionSet) -> VolumeConfig {
             (false, true) => WriteOrdering::Drain,
             (false, false) => WriteOrdering::None,
         },
-        resync_rate_kib_s: fixed.then(|| o.number(&t::RESYNC_RATE)),
         disk_timeout_ms: o.number(&t::DISK_TIMEOUT) * 100,
+        resync: resync(o),
+    }
+}
+
+/// Without a knob our own controller; one of DRBD's knobs brings DRBD's, and `c-plan-ahead 0` none.
+fn resync(o: &OptionSet) -> ResyncConfig {
+    let planned = [&t::RESYNC_RATE, &t::C_PLAN_AHEAD, &t::C_DELAY_TARGET, &t::C_FILL_TARGET];
+    let control = if is_number(o, &t::C_PLAN_AHEAD, 0) {
+        RateControl::Fixed
+    } else if planned.into_iter().any(|option| o.get(option).is_some()) {
+        RateControl::Planned
+    } else {
+        RateControl::Adaptive
+    };
+    let max_rate = o.number(&t::C_MAX_RATE);
+    let limited = control == RateControl::Planned || o.get(&t::C_MAX_RATE).is_some();
+    ResyncConfig {
+        control,
+        rate_kib_s: o.number(&t::RESYNC_RATE),
+        plan_ahead_ds: o.number(&t::C_PLAN_AHEAD),
+        delay_target_ds: o.number(&t::C_DELAY_TARGET),
+        fill_target_sectors: o.number(&t::C_FILL_TARGET),
+        max_rate_kib_s: (limited && max_rate > 0).then_some(max_rate),
+        min_rate_kib_s: o.number(&t::C_MIN_RATE),
+        discard_granularity_bytes: o.number(&t::RS_DISCARD_GRANULARITY),
     }
 }
 

@@ -1,7 +1,7 @@
 //! The bitmap exchange: own bits to the peer, the peer's bits in, the union durable (SEM §11).
 use crate::core::Resource;
 use crate::core::event::Payload;
-use crate::core::metadata::{BitmapThen, SuperblockThen};
+use crate::core::metadata::BitmapThen;
 use bytes::Bytes;
 use lockstep_proto::{Message, limits, v1};
 
@@ -78,13 +78,6 @@ impl Resource {
             return;
         }
         resync.union_durable = true;
-        if resync.source {
-            let random = self.random_uuid();
-            self.devices[volume].uuids.start_as_source(random);
-            self.md_touch(volume);
-            self.md_then(volume, SuperblockThen::SourceStart);
-        } else {
-            self.target_try_start(volume);
-        }
+        self.ask_before_resync(volume);
     }
 }

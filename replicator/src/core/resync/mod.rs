@@ -10,18 +10,32 @@
 //! * In WFBitMapS a write is marked, announced and written locally only. All those notes stand in the
 //!   stream before SyncUuid, so the target knows them before its first request (S01).
 //! * In SyncSource a write is mirrored; when both copies are done both sides clear the blocks it covers.
-//! * The source holds the range from its read to the target's ack, so nothing can be sent between. A
-//!   mirrored write the target receives while its request is outstanding was therefore issued before
-//!   the source's read: the target writes it at once, and the reply, which holds the same or newer data,
-//!   waits for it. This is why the target locks on the reply and not on the request: no deadlock.
-//! * A bit is cleared in memory by the ack for that very data, on disk only behind a flush (I4).
+//! * The source holds the range from before its read until the answer is in the stream, and no longer:
+//!   what the application writes there afterwards is sent behind the answer. A mirrored write the target
+//!   receives while its request is outstanding was therefore issued before the source's read: the target
+//!   writes it at once, and the answer, which holds the same or newer data, waits for it. This is why the
+//!   target locks on the answer and not on the request: no deadlock, and the application never waits for
+//!   the network on behalf of a resync.
+//! * A bit is cleared in memory by the ack for that very data, on disk only behind a flush (I4). A mark
+//!   made after the data was read outlives its ack (`spoil`).
+//!
+//! Every kind of answer (data, "all zeroes", "same digest") ends the same way: the target clears its bits
+//! and acks, the source clears its own by the ack.
 mod exchange;
+mod pause;
+mod rate;
 mod source;
 mod target;
+mod verify;
+
+pub(super) use pause::Pauses;
+pub(super) use rate::Foreground;
+pub(super) use verify::{OvCheck, OvRead, Verify};
 
 use super::Resource;
 use super::device::Device;
-use super::event::{BufferId, Event, Output, SessionId};
+use super::event::{BufferId, Digest, Event, HandlerName, HandlerToken, Output, SessionId, Severity};
+use super::handlers::Purpose;
 use super::interval::LockOwner;
 use super::metadata::{BitmapThen, SuperblockThen};
 use super::request::range_of;
@@ -30,10 +44,8 @@ use super::timer::Timer;
 use crate::units::{BlockRange, Time};
 use lockstep_proto::v1;
 
-/// Data the target has asked for and not written yet, at most.
-const WINDOW_SECTORS: u64 = 8 * 2048;
-/// Between two looks at a running resync.
-const TICK_MS: u64 = 100;
+use rate::{Pace, TICK_MS};
+
 /// Cleared bitmap pages are written at least this often.
 const LAZY_BITMAP_MS: u64 = 2000;
 
@@ -42,6 +54,8 @@ const LAZY_BITMAP_MS: u64 = 2000;
 pub(in crate::core) struct Resync {
     pub(in crate::core) source: bool,
     full: bool,
+    /// Target: digests are compared before data is asked for.
+    csums: bool,
     pub(in crate::core) started: Time,
     pub(in crate::core) bits_total: u64,
     pub(in crate::core) bits_failed: u64,
@@ -53,8 +67,15 @@ pub(in crate::core) struct Resync {
     sync_uuid: Option<v1::SyncUuid>,
     /// Target: next block to look at, and data asked for.
     cursor: u64,
-    pub(in crate::core) in_flight_sectors: u64,
-    budget_sectors: u64,
+    pub(in crate::core) pace: Pace,
+    /// Target: what the source's application leaves to be in flight, 0 = no limit.
+    source_window: u64,
+    /// The operator's program that has to agree to the start.
+    handler: Option<HandlerToken>,
+    /// Blocks that turned out to be equal.
+    pub(in crate::core) bits_same: u64,
+    pub(in crate::core) paused_since: Option<Time>,
+    pub(in crate::core) paused_ms: u64,
     finishing: bool,
     /// Source: the target is done.
     peer_finished: bool,
@@ -68,16 +89,24 @@ pub(in crate::core) struct RsRead {
     range: BlockRange,
     request: u64,
     step: RsReadStep,
+    /// The digest of the target's data.
+    digest: Option<Digest>,
+    /// Marked since it was read: its ack clears nothing.
+    spoiled: bool,
+}
+
+impl RsRead {
+    /// A mark was made.
+    pub(in crate::core) fn spoil(&mut self, range: BlockRange) {
+        self.spoiled |= self.step != RsReadStep::Locking && self.range.overlaps(range);
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum RsReadStep {
     Locking,
     Reading,
-    /// Sent; the range is held until the target's ack.
-    Held,
-    /// Sent by a source that is not Primary: nothing here can write the range but the target itself,
-    /// whose writes must not wait for its own ack.
+    /// Answered; the target's ack clears the bits.
     Sent,
 }
 
@@ -89,12 +118,26 @@ pub(in crate::core) struct RsWrite {
     seq: u32,
     buffer: Option<BufferId>,
     step: RsWriteStep,
+    asked_at: Time,
+    /// The digest of the own data was sent along.
+    compared: bool,
+    /// Marked since it was asked for: its end clears nothing.
+    spoiled: bool,
     /// The application wrote into the range after the request was made: the reply may be older.
     stale: bool,
 }
 
+impl RsWrite {
+    /// A mark was made.
+    pub(in crate::core) fn spoil(&mut self, range: BlockRange) {
+        self.spoiled |= self.range.overlaps(range);
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum RsWriteStep {
+    /// Reading the own data to compare it.
+    Digesting,
     Requested,
     /// The reply is here, behind writes that have not started.
     Queued,
@@ -111,6 +154,16 @@ impl Resource {
         full: bool,
         peer_disk: DiskState,
     ) {
+        self.begin(volume, source, full, false, peer_disk);
+    }
+
+    /// Nothing should differ, but blocks are marked: their digests are compared, whatever `csums-alg`
+    /// says, and what differs is copied from the source.
+    pub(in crate::core) fn begin_compare(&mut self, volume: usize, source: bool, peer_disk: DiskState) {
+        self.begin(volume, source, false, true, peer_disk);
+    }
+
+    fn begin(&mut self, volume: usize, source: bool, full: bool, compare: bool, peer_disk: DiskState) {
         self.settle_disk_for_resync(volume, source);
         let peer_is = match (source, peer_disk) {
             (true, DiskState::Inconsistent) => DiskState::Inconsistent,
@@ -118,9 +171,16 @@ impl Resource {
             (false, _) => DiskState::UpToDate,
         };
         self.devices[volume].resync_nr += 1;
+        let device = &self.devices[volume];
+        let net = &self.cfg.net;
+        let wanted = net.csums_alg.is_some() && (device.crashed_primary || !net.csums_after_crash_only);
+        let csums = compare || wanted;
+        let activity = device.foreground_sectors();
+        let pace = Pace::new(&device.cfg.resync, net.max_buffers, self.now, 0, activity);
         self.devices[volume].resync = Some(Resync {
             source,
             full,
+            csums,
             started: self.now,
             bits_total: 0,
             bits_failed: 0,
@@ -129,8 +189,12 @@ impl Resource {
             union_durable: false,
             sync_uuid: None,
             cursor: 0,
-            in_flight_sectors: 0,
-            budget_sectors: 0,
+            pace,
+            source_window: 0,
+            handler: None,
+            bits_same: 0,
+            paused_since: None,
+            paused_ms: 0,
             finishing: false,
             peer_finished: false,
             lazy_at: self.now,
@@ -145,6 +209,20 @@ impl Resource {
         } else {
             self.send_bitmap(volume);
         }
+    }
+
+    /// A fresh pace: blocks move from now on.
+    fn start_pace(&mut self, volume: usize) {
+        let device = &mut self.devices[volume];
+        let (bits, activity) = (device.bitmap.count(), device.foreground_sectors());
+        device.foreground.begin();
+        if let Some(resync) = &mut device.resync {
+            resync.bits_total = bits;
+            resync.started = self.now;
+            resync.lazy_at = self.now.plus_ms(LAZY_BITMAP_MS);
+            resync.pace = Pace::new(&device.cfg.resync, self.cfg.net.max_buffers, self.now, bits, activity);
+        }
+        self.timers.set_if_idle(Timer::Resync, self.now.plus_ms(TICK_MS));
     }
 
     fn settle_disk_for_resync(&mut self, volume: usize, source: bool) {
@@ -184,16 +262,72 @@ impl Resource {
     }
 
     fn end_resync(&mut self, volume: usize) {
+        let nr = self.devices[volume].nr;
         if let Some(resync) = self.devices[volume].resync.take() {
             let event = Event::ResyncDone {
-                volume: self.devices[volume].nr,
+                volume: nr,
                 bits_total: resync.bits_total,
                 bits_failed: resync.bits_failed,
                 elapsed_ms: self.now.ms_since(resync.started),
             };
             self.event(event);
+            if resync.bits_same > 0 {
+                let (same, total) = (resync.bits_same, resync.bits_total.max(resync.bits_same));
+                let text = format!(
+                    "volume {}: {} % had equal checksums, eliminated: {}K; transferred {}K total {}K",
+                    nr.0,
+                    same * 100 / total,
+                    same * 4,
+                    (total - same) * 4,
+                    total * 4
+                );
+                self.note(Severity::Info, text);
+            }
+            if !resync.source {
+                self.run_handler(HandlerName::AfterResyncTarget, Some(nr), Purpose::Notice);
+            }
         }
         self.set_repl(volume, ReplState::Established);
+    }
+
+    // ---- the operator's program before it ---------------------------------------------------------
+
+    /// Asks the operator's program whether the resync may start.
+    fn ask_before_resync(&mut self, volume: usize) {
+        let nr = self.devices[volume].nr;
+        let source = self.devices[volume].resync.as_ref().is_some_and(|resync| resync.source);
+        let name = if source { HandlerName::BeforeResyncSource } else { HandlerName::BeforeResyncTarget };
+        let token = self.run_handler(name, Some(nr), Purpose::BeforeResync(volume));
+        if let Some(resync) = &mut self.devices[volume].resync {
+            resync.handler = Some(token);
+        }
+    }
+
+    /// It answered. Anything but 0 (3 is ignored on the source) ends the connection (SEM §19).
+    pub(in crate::core) fn before_resync_answered(
+        &mut self,
+        volume: usize,
+        token: HandlerToken,
+        exit_code: Option<i32>,
+    ) {
+        let Some(resync) =
+            self.devices[volume].resync.as_mut().filter(|resync| resync.handler == Some(token))
+        else {
+            return;
+        };
+        resync.handler = None;
+        let source = resync.source;
+        if exit_code == Some(0) || (source && exit_code == Some(3)) {
+            return if source { self.source_begin(volume) } else { self.target_try_start(volume) };
+        }
+        let name = if source { "before-resync-source" } else { "before-resync-target" };
+        let nr = self.devices[volume].nr;
+        let text = format!(
+            "volume {}: handler {name} did not agree to the resync; next: repair what it complains about, then drbdadm connect {}",
+            nr.0, self.cfg.name
+        );
+        self.note(Severity::Error, text);
+        self.go_stand_alone(&format!("handler {name} did not agree to the resync"));
     }
 
     /// A range became out of sync on the peer, which did not send it.
@@ -210,26 +344,33 @@ impl Resource {
     pub(in crate::core) fn on_resync_tick(&mut self) {
         let mut running = false;
         for volume in 0..self.devices.len() {
-            if !matches!(self.devices[volume].repl, ReplState::SyncSource | ReplState::SyncTarget) {
-                continue;
+            let repl = self.devices[volume].repl;
+            running |= repl.is_syncing() || repl.is_verifying();
+            if repl.is_syncing() {
+                self.resync_tick(volume);
+                self.resync_target_go_on(volume);
+            } else if repl.is_verifying() {
+                self.verify_tick(volume);
             }
-            running = true;
-            self.refill_budget(volume);
-            let now = self.now;
-            let lazy = self.devices[volume].resync.as_mut().is_some_and(|resync| {
-                let due = now >= resync.lazy_at;
-                if due {
-                    resync.lazy_at = now.plus_ms(LAZY_BITMAP_MS);
-                }
-                due
-            });
-            if lazy && self.devices[volume].bitmap.has_changed_pages() {
-                self.write_bitmap(volume, BitmapThen::Nothing);
-            }
-            self.resync_target_go_on(volume);
         }
         if running {
             self.timers.set(Timer::Resync, self.now.plus_ms(TICK_MS));
+        }
+    }
+
+    fn resync_tick(&mut self, volume: usize) {
+        let now = self.now;
+        let device = &mut self.devices[volume];
+        let (left, activity) = (device.bitmap.count(), device.foreground_sectors());
+        let min_rate = device.cfg.resync.min_rate_kib_s;
+        let Some(resync) = &mut device.resync else { return };
+        resync.pace.tick(now, left, activity);
+        device.foreground.tick(resync.pace.rate_kib_s(), min_rate);
+        if now >= resync.lazy_at {
+            resync.lazy_at = now.plus_ms(LAZY_BITMAP_MS);
+            if device.bitmap.has_changed_pages() {
+                self.write_bitmap(volume, BitmapThen::Nothing);
+            }
         }
     }
 
@@ -253,6 +394,7 @@ impl Resource {
     /// Ends a resync from outside (connection or disk lost). Bits stay; ranges in the middle of IO are
     /// let go when that IO is done.
     pub(in crate::core) fn abort_resync(&mut self, volume: usize) {
+        self.abort_verify(volume);
         let device = &mut self.devices[volume];
         device.resync = None;
         let mut granted = Vec::new();
@@ -268,13 +410,9 @@ impl Resource {
                 false
             }
             RsReadStep::Sent => false,
-            RsReadStep::Held => {
-                locks.unlock(read.range, LockOwner::ResyncSource(key), &mut granted);
-                false
-            }
         });
         rs_writes.retain(|key, write| match write.step {
-            RsWriteStep::Writing => true,
+            RsWriteStep::Writing | RsWriteStep::Digesting => true,
             RsWriteStep::Requested => false,
             RsWriteStep::Queued => {
                 released.extend(write.buffer);
@@ -292,7 +430,10 @@ impl Resource {
         granted.retain(|owner| match owner {
             LockOwner::ResyncSource(key) => rs_reads.contains(*key),
             LockOwner::ResyncTarget(key) => rs_writes.contains(*key),
-            LockOwner::Request(_) | LockOwner::Peer(_) => true,
+            LockOwner::Request(_)
+            | LockOwner::Peer(_)
+            | LockOwner::VerifyAsk(_)
+            | LockOwner::VerifyAnswer(_) => true,
         });
         for buffer in released {
             self.out.push_back(Output::Release(buffer));

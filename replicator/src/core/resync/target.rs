@@ -1,14 +1,28 @@
 //! The target: walks its bitmap, asks, writes what comes, and ends the resync (SEM §19).
-use super::{LAZY_BITMAP_MS, Resync, RsWrite, RsWriteStep, TICK_MS, WINDOW_SECTORS};
-use crate::core::event::{DiskOk, DiskOp, IoError, Output, Payload, Severity};
+use super::{Resync, RsWrite, RsWriteStep};
+use crate::core::config::ResyncConfig;
+use crate::core::event::{Digest, DiskOk, DiskOp, IoError, Output, Payload, Severity};
 use crate::core::interval::LockOwner;
 use crate::core::metadata::{BitmapThen, SuperblockThen};
 use crate::core::request::range_of;
 use crate::core::state::{DiskState, ReplState};
-use crate::core::timer::Timer;
 use crate::core::{IoContext, Resource};
 use crate::units::{BlockRange, SECTORS_PER_BIT, Sector, SectorCount};
 use lockstep_proto::{Message, limits, v1};
+
+/// Digests are compared over so much at most: one changed block costs no more than this.
+const CSUM_SECTORS: u64 = 128;
+
+const fn wire_id(seq: u32, key: usize) -> u64 {
+    ((seq as u64) << 32) | (key as u64 & 0xffff_ffff)
+}
+
+/// `rs-discard-granularity` as it acts, sectors: whole blocks, at most one request, a power of two, and
+/// nothing on a disk that cannot discard.
+fn discard_granularity(cfg: &ResyncConfig, can_discard: bool) -> Option<u64> {
+    let sectors = (cfg.discard_granularity_bytes / 512).min(limits::MAX_REQUEST_SECTORS);
+    (can_discard && sectors > 0).then(|| sectors.max(SECTORS_PER_BIT).next_power_of_two())
+}
 
 impl Resource {
     pub(in crate::core) fn on_sync_uuid(&mut self, header: &v1::SyncUuid) {
@@ -45,31 +59,18 @@ impl Resource {
 
     /// Durably Inconsistent: copying may begin.
     pub(in crate::core) fn target_started(&mut self, volume: usize) {
-        let bits = self.devices[volume].bitmap.count();
-        let now = self.now;
-        match &mut self.devices[volume].resync {
-            Some(resync) if !resync.source && resync.sync_uuid.is_some() => {
-                resync.bits_total = bits;
-                resync.started = now;
-                resync.lazy_at = now.plus_ms(LAZY_BITMAP_MS);
-            }
-            _ => return,
+        let ready = self.devices[volume]
+            .resync
+            .as_ref()
+            .is_some_and(|resync| !resync.source && resync.sync_uuid.is_some());
+        if !ready {
+            return;
         }
+        self.start_pace(volume);
         self.set_repl(volume, ReplState::SyncTarget);
         self.release_hold();
-        self.timers.set_if_idle(Timer::Resync, self.now.plus_ms(TICK_MS));
-        self.refill_budget(volume);
+        self.apply_pause(volume);
         self.resync_target_go_on(volume);
-    }
-
-    pub(super) fn refill_budget(&mut self, volume: usize) {
-        let rate = self.devices[volume].cfg.resync_rate_kib_s;
-        if let Some(resync) = &mut self.devices[volume].resync {
-            resync.budget_sectors = match rate {
-                Some(kib_s) => (kib_s * 2 * TICK_MS / 1000).max(SECTORS_PER_BIT),
-                None => u64::MAX,
-            };
-        }
     }
 
     /// Asks for more, or ends.
@@ -85,7 +86,7 @@ impl Resource {
                 return;
             }
             let Some(bit) = device.bitmap.next_set(resync.cursor) else {
-                if resync.in_flight_sectors != 0 {
+                if resync.pace.in_flight() != 0 {
                     return;
                 }
                 if device.bitmap.count() <= resync.bits_failed {
@@ -96,42 +97,102 @@ impl Resource {
                 resync.bits_failed = 0;
                 continue;
             };
-            if resync.in_flight_sectors >= WINDOW_SECTORS || resync.budget_sectors == 0 {
-                return;
-            }
-            let bits_per_request = limits::MAX_REQUEST_SECTORS / SECTORS_PER_BIT;
-            // Natural alignment: a request never crosses a multiple of the largest request.
-            let limit = (bit / bits_per_request + 1) * bits_per_request;
-            let end = device.bitmap.run_end(bit, limit);
+            let theirs = if resync.source_window == 0 { u64::MAX } else { resync.source_window };
+            let Some(most) = resync.pace.next_request(device.foreground.limit().min(theirs)) else { return };
+            let granularity = discard_granularity(&device.cfg.resync, device.discard);
+            let most = if resync.csums { most.min(CSUM_SECTORS) } else { most };
+            let most = granularity.map_or(most, |sectors| most.min(sectors));
+            // Natural alignment: a request never crosses a multiple of its largest power of two.
+            let chunk = 1 << (most / SECTORS_PER_BIT).max(1).ilog2();
+            let limit = ((bit / chunk + 1) * chunk).min(bit + most / SECTORS_PER_BIT);
+            let end = device.bitmap.run_end(bit, limit.max(bit + 1));
             let first = bit * SECTORS_PER_BIT;
             let last = (end * SECTORS_PER_BIT).min(device.size.0);
+            resync.cursor = end;
             let Some(range) = BlockRange::new(Sector(first), SectorCount(last.saturating_sub(first))) else {
-                resync.cursor = end;
                 continue;
             };
-            resync.cursor = end;
-            resync.in_flight_sectors += range.len().0;
-            if resync.budget_sectors != u64::MAX {
-                resync.budget_sectors = resync.budget_sectors.saturating_sub(range.len().0);
-            }
+            let compared = resync.csums;
+            resync.pace.asked(range.len().0);
             self.next_seq = self.next_seq.wrapping_add(1);
-            let write = RsWrite {
+            let key = device.rs_writes.insert(RsWrite {
                 session,
                 range,
                 seq: self.next_seq,
                 buffer: None,
-                step: RsWriteStep::Requested,
+                step: if compared { RsWriteStep::Digesting } else { RsWriteStep::Requested },
+                asked_at: self.now,
+                compared,
+                spoiled: false,
                 stale: false,
-            };
-            let key = device.rs_writes.insert(write);
-            let header = v1::BlockRequest {
-                volume: u32::from(device.nr.0),
-                sector: range.start().0,
-                nr_sectors: range.len().0,
-                request: (u64::from(self.next_seq) << 32) | (key as u64 & 0xffff_ffff),
-            };
-            self.send(Message::RsDataRequest(header), Payload::None);
+            });
+            if compared {
+                let context = IoContext::ResyncDigest { volume, key };
+                self.submit_io(volume, DiskOp::ReadDigest, Some(range), false, None, context);
+            } else {
+                self.send_data_request(volume, key);
+            }
         }
+    }
+
+    fn send_data_request(&mut self, volume: usize, key: usize) {
+        let write = &self.devices[volume].rs_writes[key];
+        let header = v1::BlockRequest {
+            volume: u32::from(self.devices[volume].nr.0),
+            sector: write.range.start().0,
+            nr_sectors: write.range.len().0,
+            request: wire_id(write.seq, key),
+        };
+        self.send(Message::RsDataRequest(header), Payload::None);
+    }
+
+    /// The own data was read to be compared.
+    pub(in crate::core) fn on_resync_digest(
+        &mut self,
+        volume: usize,
+        key: usize,
+        result: Result<DiskOk, IoError>,
+    ) {
+        self.devices[volume].ios -= 1;
+        let write = &mut self.devices[volume].rs_writes[key];
+        let (range, session, request) = (write.range, write.session, wire_id(write.seq, key));
+        let mut digest = None;
+        match result {
+            Ok(ok) => {
+                digest = ok.digest;
+                if let Some(buffer) = ok.buffer {
+                    self.out.push_back(Output::Release(buffer));
+                }
+            }
+            Err(error) => {
+                self.on_local_io_error(volume, "a resync read from the local disk", Some(range), error);
+            }
+        }
+        let current = self.session.as_ref().is_some_and(|now| now.id == session)
+            && self.devices[volume].repl.is_sync_target();
+        if !current {
+            self.devices[volume].rs_writes.remove(key);
+            return;
+        }
+        let write = &mut self.devices[volume].rs_writes[key];
+        write.step = RsWriteStep::Requested;
+        // What cannot be read is not compared but replaced.
+        write.compared = digest.is_some();
+        write.spoiled = false;
+        let Some(Digest([digest_0, digest_1, digest_2, digest_3])) = digest else {
+            return self.send_data_request(volume, key);
+        };
+        let header = v1::ChecksumRequest {
+            volume: u32::from(self.devices[volume].nr.0),
+            sector: range.start().0,
+            nr_sectors: range.len().0,
+            request,
+            digest_0,
+            digest_1,
+            digest_2,
+            digest_3,
+        };
+        self.send(Message::RsChecksumRequest(header), Payload::None);
     }
 
     fn find_rs_write(&self, volume: usize, wire: u64, range: BlockRange) -> Option<usize> {
@@ -154,16 +215,59 @@ impl Resource {
         };
         self.devices[volume].counters.received_sectors += len.0;
         self.devices[volume].rs_writes[key].buffer = Some(id);
+        self.note_resync_reply(volume, range, header);
         self.lock_rs_write(volume, range, key);
     }
 
-    pub(in crate::core) fn on_rs_deallocated(&mut self, header: &v1::BlockReply) {
+    fn note_resync_reply(&mut self, volume: usize, range: BlockRange, header: &v1::BlockReply) {
+        if let Some(resync) = &mut self.devices[volume].resync {
+            resync.pace.arrived(range.len().0);
+            resync.source_window = header.window_sectors;
+        }
+    }
+
+    /// An answer without data: all zeroes, or `equal` to what is here.
+    pub(in crate::core) fn on_rs_dataless(&mut self, header: &v1::BlockReply, equal: bool) {
         let place = self.wire_device(header.volume).zip(range_of(header.sector, header.nr_sectors));
         let key = place.and_then(|(volume, range)| self.find_rs_write(volume, header.request, range));
         let (Some((volume, range)), Some(key)) = (place, key) else {
             return self.unexpected_resync_reply(header.volume);
         };
-        self.lock_rs_write(volume, range, key);
+        if equal && !self.devices[volume].rs_writes[key].compared {
+            return self.protocol_error("a comparison nobody asked for");
+        }
+        self.note_resync_reply(volume, range, header);
+        if !equal {
+            return self.lock_rs_write(volume, range, key);
+        }
+        if self.devices[volume].rs_writes[key].stale {
+            return self.drop_stale_reply(volume, key);
+        }
+        let write = self.devices[volume].rs_writes.remove(key);
+        let bits = range.bits_touched();
+        if let Some(resync) = &mut self.devices[volume].resync {
+            resync.bits_same += bits.end - bits.start;
+        }
+        self.resync_block_good(volume, &write, key);
+        self.resync_target_go_on(volume);
+    }
+
+    /// Both nodes hold the same data here: the one place where a resync clears the target's bits, and
+    /// by its ack the source's (S04, S06).
+    fn resync_block_good(&mut self, volume: usize, write: &RsWrite, key: usize) {
+        let ack = self.read_ack(volume, write.range, wire_id(write.seq, key));
+        if !write.spoiled {
+            self.devices[volume].unmark(write.range);
+        }
+        self.send(Message::RsWriteAck(ack), Payload::None);
+        self.resync_request_over(volume, write);
+    }
+
+    fn resync_request_over(&mut self, volume: usize, write: &RsWrite) {
+        let now = self.now;
+        if let Some(resync) = &mut self.devices[volume].resync {
+            resync.pace.done(write.range.len().0, write.asked_at, now);
+        }
     }
 
     /// An answer to a request that is not open: broken protocol, unless our own resync just ended.
@@ -176,7 +280,7 @@ impl Resource {
     /// The application writes here, and this disk is a resync target: replies on their way for these
     /// blocks may hold what was there before.
     pub(in crate::core) fn outdate_resync_replies(&mut self, volume: usize, range: BlockRange) {
-        if self.devices[volume].repl == ReplState::SyncTarget {
+        if self.devices[volume].repl.is_sync_target() {
             for (_, write) in &mut self.devices[volume].rs_writes {
                 write.stale |= write.range.overlaps(range) && write.step != RsWriteStep::Writing;
             }
@@ -190,11 +294,10 @@ impl Resource {
         if let Some(buffer) = write.buffer {
             self.out.push_back(Output::Release(buffer));
         }
-        let request = (u64::from(write.seq) << 32) | (key as u64 & 0xffff_ffff);
-        let ack = self.read_ack(volume, write.range, request);
+        let ack = self.read_ack(volume, write.range, wire_id(write.seq, key));
         self.send(Message::NegRsDReply(ack), Payload::None);
+        self.resync_request_over(volume, &write);
         if let Some(resync) = &mut self.devices[volume].resync {
-            resync.in_flight_sectors -= write.range.len().0;
             resync.cursor = resync.cursor.min(write.range.bits_touched().start);
         }
         self.resync_target_go_on(volume);
@@ -211,6 +314,10 @@ impl Resource {
             self.devices[volume].rs_writes[key].step = RsWriteStep::Queued;
             return;
         }
+        self.claim_rs_write(volume, range, key);
+    }
+
+    fn claim_rs_write(&mut self, volume: usize, range: BlockRange, key: usize) {
         let device = &mut self.devices[volume];
         device.rs_writes[key].step = RsWriteStep::Locking;
         if device.locks.lock(range, LockOwner::ResyncTarget(key)) {
@@ -222,11 +329,17 @@ impl Resource {
     pub(in crate::core) fn resync_reply_turn(&mut self, volume: usize, key: usize, seq: u32) {
         let waits = self.devices[volume].rs_writes.get(key);
         // The resync may have ended meanwhile.
-        if let Some(range) =
+        let Some(range) =
             waits.filter(|w| w.seq == seq && w.step == RsWriteStep::Queued).map(|write| write.range)
-        {
-            self.lock_rs_write(volume, range, key);
+        else {
+            return;
+        };
+        let device = &self.devices[volume];
+        if device.rs_writes[key].stale || device.locks.wanted_by_request(range) {
+            return self.drop_stale_reply(volume, key);
         }
+        // Not behind the queue once more: what waits there now was sent after this data and is newer.
+        self.claim_rs_write(volume, range, key);
     }
 
     pub(in crate::core) fn resync_write_locked(&mut self, volume: usize, key: usize) {
@@ -238,8 +351,22 @@ impl Resource {
         let write = &mut self.devices[volume].rs_writes[key];
         write.step = RsWriteStep::Writing;
         let (range, buffer) = (write.range, write.buffer);
-        let op = if buffer.is_some() { DiskOp::Write } else { DiskOp::WriteZeroes { may_unmap: true } };
+        let op = if buffer.is_some() { DiskOp::Write } else { self.resync_zero_op(volume, range) };
         self.submit_io(volume, op, Some(range), false, buffer, IoContext::ResyncWrite { volume, key });
+    }
+
+    /// How zeroes get to the disk: discarded where `rs-discard-granularity` and the disk allow it.
+    fn resync_zero_op(&self, volume: usize, range: BlockRange) -> DiskOp {
+        let device = &self.devices[volume];
+        let whole = |sectors: u64| {
+            range.start().0.is_multiple_of(sectors)
+                && (range.len().0.is_multiple_of(sectors) || range.end().0 >= device.size.0)
+        };
+        match discard_granularity(&device.cfg.resync, device.discard) {
+            Some(sectors) if whole(sectors) => DiskOp::Discard,
+            Some(_) => DiskOp::WriteZeroes { may_unmap: false },
+            None => DiskOp::WriteZeroes { may_unmap: true },
+        }
     }
 
     pub(in crate::core) fn on_resync_write_done(
@@ -257,20 +384,20 @@ impl Resource {
             self.out.push_back(Output::Release(buffer));
         }
         let current = self.session.as_ref().is_some_and(|now| now.id == write.session)
-            && self.devices[volume].repl == ReplState::SyncTarget;
-        let request = (u64::from(write.seq) << 32) | (key as u64 & 0xffff_ffff);
-        let ack = self.read_ack(volume, range, request);
+            && self.devices[volume].repl.is_sync_target();
         match result {
             Ok(_) if current => {
                 let device = &mut self.devices[volume];
                 device.counters.written_sectors += range.len().0;
-                device.unmark(range);
-                self.send(Message::RsWriteAck(ack), Payload::None);
+                device.counters.resync_sectors += range.len().0;
+                self.resync_block_good(volume, &write, key);
             }
             Ok(_) => {}
             Err(error) => {
                 if current {
+                    let ack = self.read_ack(volume, range, wire_id(write.seq, key));
                     self.send(Message::NegRsDReply(ack), Payload::None);
+                    self.resync_request_over(volume, &write);
                 }
                 self.on_local_io_error(volume, "a resync write to the local disk", Some(range), error);
                 self.count_failed(volume, range);
@@ -278,9 +405,6 @@ impl Resource {
         }
         self.unlock(volume, range, LockOwner::ResyncTarget(key));
         if current {
-            if let Some(resync) = &mut self.devices[volume].resync {
-                resync.in_flight_sectors -= range.len().0;
-            }
             self.resync_target_go_on(volume);
         }
     }
@@ -293,11 +417,9 @@ impl Resource {
         else {
             return self.protocol_error("a refused resync request nobody made");
         };
-        self.devices[volume].rs_writes.remove(key);
+        let write = self.devices[volume].rs_writes.remove(key);
         self.count_failed(volume, range);
-        if let Some(resync) = &mut self.devices[volume].resync {
-            resync.in_flight_sectors -= range.len().0;
-        }
+        self.resync_request_over(volume, &write);
         self.resync_target_go_on(volume);
     }
 
