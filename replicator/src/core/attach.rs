@@ -98,14 +98,18 @@ impl Resource {
         let exposed = masked(device.exposed_uuid);
         if self.role == Role::Primary && device.repl == ReplState::Off && exposed != 0 {
             let found = masked(superblock.uuid[0]);
-            if found != exposed {
+            if found != exposed || device.missed_writes {
+                let mut facts = vec![
+                    format!("the application was shown generation {exposed:016X}"),
+                    format!("the disk holds generation {found:016X}"),
+                ];
+                if device.missed_writes {
+                    facts.push("writes were acknowledged that only the peer's disk holds".into());
+                }
                 return Err(refusal(
                     150,
                     "Can only attach to the data we lost last (see kernel log).",
-                    vec![
-                        format!("the application was shown generation {exposed:016X}"),
-                        format!("the disk holds generation {found:016X}"),
-                    ],
+                    facts,
                     &format!("connect to the peer first: drbdadm connect {}", self.cfg.name),
                 ));
             }
@@ -290,7 +294,8 @@ impl Resource {
     pub(super) fn disk_state_alone(&self, volume: usize) -> DiskState {
         let device = &self.devices[volume];
         let shown = masked(device.exposed_uuid);
-        let older = self.role == Role::Primary && shown != 0 && shown != masked(device.uuids.current);
+        let older = self.role == Role::Primary
+            && ((shown != 0 && shown != masked(device.uuids.current)) || device.missed_writes);
         match device.md_disk {
             DiskState::Consistent | DiskState::UpToDate if older => DiskState::Outdated,
             DiskState::Consistent if self.stays_consistent(volume) => DiskState::Consistent,
@@ -552,6 +557,9 @@ impl Resource {
         device.disk = new;
         if device.writable() {
             device.md_disk = new;
+        }
+        if new == DiskState::UpToDate {
+            device.missed_writes = false;
         }
         let nr = device.nr;
         self.event(Event::Disk(nr, old, new));

@@ -63,6 +63,9 @@ pub(super) struct Device {
     pub(super) uuids: UuidSet,
     /// Generation of the data a diskless Primary shows (SEM §9).
     pub(super) exposed_uuid: u64,
+    /// The application was told of writes that only the peer's disk holds, maybe under the generation
+    /// of our own: this disk alone is not what it was shown.
+    pub(super) missed_writes: bool,
     /// Agreed size; 0 when unknown.
     pub(super) size: SectorCount,
     /// Usable sectors of the own disk; 0 when diskless.
@@ -145,6 +148,7 @@ impl Device {
             repl: ReplState::Off,
             uuids: UuidSet::default(),
             exposed_uuid: 0,
+            missed_writes: false,
             size: SectorCount(0),
             capacity: SectorCount(0),
             peer_capacity: SectorCount(0),

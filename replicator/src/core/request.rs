@@ -510,6 +510,8 @@ impl Resource {
                 self.requests[key].again = true;
                 return;
             }
+            let at_peer_only = good && request.local != Leg::Ok && request.op != RequestOp::Read;
+            self.devices[volume].missed_writes |= at_peer_only;
             self.complete_request(key, if good { Ok(()) } else { Err(RequestError::Io) });
         }
         self.forget_if_done(key);
