@@ -10,6 +10,7 @@ use super::activity_log::{ActivityLog, CONTEXT_SLOTS, MAX_SLOTS, MIN_SLOTS};
 use super::bitmap::Bitmap;
 use super::device::Device;
 use super::event::{AdminCommand, Event, IoError, MetaWrite, Output, Refusal, Severity};
+use super::fault::Fault;
 use super::metadata::{BitmapThen, MetaContext, SuperblockThen};
 use super::state::{ConnState, DiskState, ReplState, Role};
 use super::transfer_log::EpochNr;
@@ -119,6 +120,8 @@ impl Resource {
 
     fn start_attach(&mut self, reply: Reply, volume: usize, attached: Attached) {
         let primary = self.role == Role::Primary;
+        let cold = self.planted(Fault::HotExtentsIgnored);
+        let partial = self.planted(Fault::FullSyncIgnored);
         let device = &mut self.devices[volume];
         let Attached { superblock, hot_extents, al_unusable, bitmap, capacity, discard, logical_block_bytes } =
             attached;
@@ -173,10 +176,10 @@ impl Resource {
             device.bitmap.set_range(partial..partial + 1);
         }
         let disabled = found & flags::AL_DISABLED != 0 && (was_primary || crashed);
-        let all = found & flags::FULL_SYNC != 0 || disabled || (al_unusable && was_primary);
+        let all = (found & flags::FULL_SYNC != 0 && !partial) || disabled || (al_unusable && was_primary);
         if all {
             device.bitmap.set_all();
-        } else if was_primary {
+        } else if was_primary && !cold {
             for extent in hot_extents {
                 let first = u64::from(extent) * BITS_PER_AL_EXTENT;
                 device.bitmap.set_range(first..first + BITS_PER_AL_EXTENT);
@@ -388,6 +391,9 @@ impl Resource {
                         *step = DetachStep::Bitmap;
                     }
                     self.al_abandon(volume);
+                    if self.planted(Fault::DetachWithoutBitmap) {
+                        return self.disk_step_done(volume);
+                    }
                     self.write_bitmap(volume, BitmapThen::Disk);
                 }
             }

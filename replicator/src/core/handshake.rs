@@ -10,6 +10,7 @@ use super::compare::{Fix, Rule, Side};
 use super::config::{AfterSb0Pri, AfterSb1Pri, AfterSb2Pri, RrConflict};
 use super::event::{Event, HandlerName, Payload, Severity};
 use super::explain::Decision;
+use super::fault::Fault;
 use super::handlers::Purpose;
 use super::metadata::BitmapThen;
 use super::policy::{Decided, Obstacle, Outcome, Policies, Reason, decide};
@@ -436,10 +437,32 @@ impl Resource {
         }
     }
 
+    /// The outcome as it is, unless a test wants to see that a wrong one is noticed.
+    fn spoilt(&self, rule: Rule, outcome: Outcome) -> Outcome {
+        match outcome {
+            Outcome::Refuse(Obstacle::SplitBrain) if self.planted(Fault::SplitBrainIgnored) => {
+                Outcome::NoSync
+            }
+            Outcome::Source { full } if rule == Rule::Equal && self.planted(Fault::WrongSideAfterCrash) => {
+                Outcome::Target { full }
+            }
+            Outcome::Target { full } if rule == Rule::Equal && self.planted(Fault::WrongSideAfterCrash) => {
+                Outcome::Source { full }
+            }
+            Outcome::Source { .. } | Outcome::Target { .. }
+                if rule == Rule::EqualWithBits && self.planted(Fault::EqualBitsIgnored) =>
+            {
+                Outcome::NoSync
+            }
+            right => right,
+        }
+    }
+
     /// Decides for one volume; the decision is announced and remembered.
     fn decide_and_tell(&mut self, volume: usize) -> Option<Decision> {
         let (mine, theirs) = self.sides(volume)?;
-        let decided = decide(&mine, &theirs, &self.policies());
+        let mut decided = decide(&mine, &theirs, &self.policies());
+        decided.outcome = self.spoilt(decided.comparison.rule, decided.outcome);
         let peer_asks = self.session.as_ref().is_some_and(|session| session.handshake.peer_tentative);
         let decision = Decision {
             at: self.now,

@@ -9,6 +9,7 @@
 //! believed in a new one.
 use super::device::MirrorMode;
 use super::event::{Event, LostReason, Output, Payload, SessionId, Severity};
+use super::fault::Fault;
 use super::handshake::Handshake;
 use super::state::{ConnState, DiskState, ReplState, Role};
 use super::timer::Timer;
@@ -239,7 +240,10 @@ impl Resource {
     /// A Primary that writes on without the peer starts a new generation, once (SEM §12).
     pub(super) fn new_generation_if_alone(&mut self, volume: usize) {
         let device = &self.devices[volume];
-        if self.own_copy_counts(volume) && device.mirror_mode() == MirrorMode::Nothing {
+        if self.own_copy_counts(volume)
+            && device.mirror_mode() == MirrorMode::Nothing
+            && !self.planted(Fault::NoNewGeneration)
+        {
             if device.uuids.bitmap == 0 {
                 self.bump_uuid(volume, true);
             } else if device.peer_may_have_current {

@@ -12,6 +12,7 @@
 //! A failed metadata write fails the disk, whatever `on-io-error` says (SEM §21).
 use super::device::AlUser;
 use super::event::{DiskOp, IoError, MetaId, MetaWrite};
+use super::fault::Fault;
 use super::state::{ConnState, DiskState, Role};
 use super::{IoContext, Resource};
 use crate::core::activity_log::Collected;
@@ -126,11 +127,12 @@ impl Resource {
         set(flags::CONSISTENT, device.md_disk >= DiskState::Outdated);
         set(flags::WAS_UP_TO_DATE, device.md_disk > DiskState::Outdated);
         let for_peer = self.serves_diskless_primary(volume) || device.keeps_books;
-        set(flags::PRIMARY_IND, (self.md_primary || for_peer) && !device.md_clean);
+        let primary = (self.md_primary || for_peer) && !self.planted(Fault::NoPrimaryFlag);
+        set(flags::PRIMARY_IND, primary && !device.md_clean);
         set(flags::CONNECTED_IND, self.conn >= ConnState::Connected);
         set(flags::PEER_OUT_DATED, matches!(device.peer_disk, DiskState::Inconsistent | DiskState::Outdated));
         set(flags::CRASHED_PRIMARY, device.crashed_primary);
-        set(flags::FULL_SYNC, device.full_sync);
+        set(flags::FULL_SYNC, device.full_sync && !self.planted(Fault::FullSyncNotRecorded));
         set(flags::AL_DISABLED, !device.cfg.al_updates);
         set(flags::AL_CLEAN, device.md_clean);
         // During attach the flags found stay until the log was applied and made durable.
@@ -345,6 +347,7 @@ impl Resource {
     }
 
     fn run_bitmap_jobs(&mut self, volume: usize) {
+        let careless = self.planted(Fault::PagesBeforeData);
         let device = &mut self.devices[volume];
         if device.bm_running.is_some() {
             return;
@@ -362,7 +365,7 @@ impl Resource {
         device.counters.bm_writes += pages.len() as u64;
         device.bm_running = Some(job);
         device.bm_pages = pages;
-        if flush {
+        if flush && !careless {
             self.submit_io(
                 volume,
                 DiskOp::Flush,
@@ -476,7 +479,7 @@ impl Resource {
             return;
         };
         device.al_step = AlStep::Preparing(Box::new(transaction));
-        if evicted.is_empty() {
+        if evicted.is_empty() || self.planted(Fault::EvictWithoutPage) {
             self.write_al_transaction(volume);
         } else {
             let job = BitmapJob { extents: evicted, flush_up_to, then: BitmapThen::AlTransaction };
@@ -490,6 +493,11 @@ impl Resource {
             AlStep::Preparing(transaction) => {
                 device.counters.al_writes += 1;
                 self.meta(volume, MetaWrite::AlTransaction(transaction), MetaContext::AlTransaction(volume));
+                if self.planted(Fault::AlNotAwaited) {
+                    for user in std::mem::take(&mut self.devices[volume].al_committing) {
+                        self.al_granted(volume, user);
+                    }
+                }
             }
             other @ (AlStep::Idle | AlStep::Writing) => device.al_step = other,
         }

@@ -22,6 +22,7 @@
 //! | `handlers.rs` | operators' programs that are run at certain events |
 //! | `suspend.rs`, `fencing.rs` | IO that waits, and the fate of a peer that is away |
 //! | `bitmap.rs`, `activity_log.rs`, `interval.rs`, `timer.rs` | leaves without knowledge of the rest |
+//! | `fault.rs` | defects planted for the tests; nothing of it is in a normal build |
 //!
 //! Invariants I1-I8 (`docs/invariants.md`) are kept here and asserted where they are cheap to see.
 #![forbid(unsafe_code)]
@@ -35,6 +36,7 @@ mod conflict;
 mod device;
 pub mod event;
 pub mod explain;
+pub mod fault;
 mod fencing;
 mod handlers;
 mod handshake;
@@ -61,6 +63,7 @@ use crate::units::{Time, VolumeNr};
 use config::ResourceConfig;
 use device::Device;
 use event::{AdminCommand, AdminId, Event, Input, IoId, MetaId, Output, Severity};
+use fault::Fault;
 use interval::LockOwner;
 use link::Session;
 use lockstep_proto::Message;
@@ -158,6 +161,9 @@ pub struct Resource {
     fence: fencing::Fence,
     /// Scratch list of lock owners, kept for its memory.
     granted: Vec<LockOwner>,
+    /// A defect the tests must notice.
+    #[cfg(feature = "planted-faults")]
+    planted: Option<Fault>,
 }
 
 impl Resource {
@@ -200,6 +206,8 @@ impl Resource {
             suspension: suspend::Suspension::default(),
             fence: fencing::Fence::default(),
             granted: Vec::new(),
+            #[cfg(feature = "planted-faults")]
+            planted: None,
         }
     }
 
@@ -281,6 +289,9 @@ impl Resource {
             Timer::Ping => self.on_ping_due(),
             Timer::PingTimeout => self.on_ping_timeout(),
             Timer::Ko => self.on_ko(),
+            Timer::IdleBarrier if self.planted(Fault::EpochStaysOpen) => {
+                self.close_epoch();
+            }
             Timer::IdleBarrier => self.send_barriers(),
             Timer::Resync => self.on_resync_tick(),
             Timer::SuspendLease => self.on_suspend_lease(),

@@ -7,6 +7,7 @@
 use super::config::WriteOrdering;
 use super::device::AlUser;
 use super::event::{BufferId, Digest, DiskOk, DiskOp, IoError, Output, Payload, SessionId};
+use super::fault::Fault;
 use super::interval::LockOwner;
 use super::request::range_of;
 use super::state::{DiskState, ReplState};
@@ -152,8 +153,9 @@ impl Resource {
             return Err("more writes in flight than any node sends");
         }
         // Marked on arrival, not at its turn: what this node knows of the peer may change until then.
+        let forget = self.planted(Fault::NoBooksForDiskless);
         let device = &mut self.devices[volume];
-        let diskless = device.peer_disk < DiskState::Inconsistent;
+        let diskless = device.peer_disk < DiskState::Inconsistent && !forget;
         let writable = device.writable();
         let books = diskless && writable;
         if books {
@@ -255,6 +257,9 @@ impl Resource {
     }
 
     pub(super) fn receive_must_queue(&self) -> bool {
+        if self.planted(Fault::WritesPassBarrier) {
+            return self.receive_held();
+        }
         self.rx.barrier.is_some() || !self.rx.queue.is_empty() || self.receive_held()
     }
 
@@ -262,7 +267,9 @@ impl Resource {
         self.rx.writes += 1;
         self.rx.active += 1;
         let (volume, range) = (self.peer_requests[key].volume, self.peer_requests[key].range);
-        if self.devices[volume].locks.lock(range, LockOwner::Peer(key)) {
+        if self.planted(Fault::PeerWritesDoNotLock)
+            || self.devices[volume].locks.lock(range, LockOwner::Peer(key))
+        {
             self.peer_write_locked(volume, key);
         } else {
             self.make_way(volume, range);
@@ -288,7 +295,8 @@ impl Resource {
             return;
         }
         let request = &self.peer_requests[key];
-        let (op, range, fua, buffer) = (request.op, request.range, request.fua, request.buffer);
+        let (op, range, buffer) = (request.op, request.range, request.buffer);
+        let fua = request.fua && !self.planted(Fault::PeerForgetsFua);
         self.submit_io(volume, op, Some(range), fua, buffer, IoContext::Peer(key));
     }
 
@@ -296,7 +304,8 @@ impl Resource {
         let volume = self.peer_requests[key].volume;
         let range = self.peer_requests[key].range;
         let current =
-            self.session.as_ref().is_some_and(|session| session.id == self.peer_requests[key].session);
+            self.session.as_ref().is_some_and(|session| session.id == self.peer_requests[key].session)
+                || self.planted(Fault::AnswersOfOldSession);
         let device = &mut self.devices[volume];
         device.ios -= 1;
         device.writes_done += 1;
@@ -366,12 +375,13 @@ impl Resource {
     }
 
     fn try_end_epoch(&mut self) {
-        if self.rx.barrier.is_none() || self.rx.active != 0 || self.rx.flushing != 0 {
+        let early = self.planted(Fault::BarrierAckEarly);
+        if self.rx.barrier.is_none() || (self.rx.active != 0 && !early) || self.rx.flushing != 0 {
             return;
         }
         for volume in 0..self.devices.len() {
             let device = &self.devices[volume];
-            let dirty = device.writes_flushed < device.writes_done;
+            let dirty = device.writes_flushed < device.writes_done && !self.planted(Fault::SkipEpochFlush);
             if device.writable() && dirty && device.cfg.write_ordering == WriteOrdering::Flush {
                 let writes = device.writes_done;
                 self.rx.flushing += 1;

@@ -17,6 +17,7 @@ use super::device::{AlUser, MirrorMode};
 use super::event::{
     self, BufferId, DiskOk, DiskOp, IoError, Output, Payload, RequestError, RequestId, RequestOp,
 };
+use super::fault::Fault;
 use super::interval::LockOwner;
 use super::state::{DiskState, ReplState, Role};
 use super::timer::Timer;
@@ -191,9 +192,14 @@ impl Resource {
             return;
         }
         let follows = self.follows();
-        let locks = &mut self.devices[volume].locks;
         let owner = LockOwner::Request(key);
-        let locked = if follows { locks.lock_yielding(range, owner) } else { locks.lock(range, owner) };
+        let locked = if self.planted(Fault::RequestsDoNotLock) {
+            true
+        } else if follows {
+            self.devices[volume].locks.lock_yielding(range, owner)
+        } else {
+            self.devices[volume].locks.lock(range, owner)
+        };
         if locked {
             self.request_locked(key);
         }
@@ -234,7 +240,7 @@ impl Resource {
         if request.al_waits {
             return;
         }
-        if !request.al && self.al_in_use(volume) {
+        if !self.requests[key].al && self.al_in_use(volume) && !self.planted(Fault::NoActivityLog) {
             if !self.al_begin(volume, AlUser::Request(key), extents) {
                 self.requests[key].al_waits = true;
                 return;
@@ -261,7 +267,8 @@ impl Resource {
         let device = &self.devices[volume];
         let local = device.writable();
         let mode = device.mirror_mode();
-        let good_local = local && device.disk == DiskState::UpToDate;
+        let good_local =
+            local && (device.disk == DiskState::UpToDate || self.planted(Fault::WriteToBadCopyAlone));
         let good_remote = mode == MirrorMode::Data && device.peer_disk == DiskState::UpToDate;
         self.requests[key].submitted = true;
         self.verify_touched(volume, self.requests[key].range);
@@ -275,19 +282,28 @@ impl Resource {
             return;
         }
         match mode {
+            MirrorMode::Data
+                if self.planted(Fault::DiscardNotMirrored) && self.requests[key].op == RequestOp::Discard => {
+            }
             MirrorMode::Data => self.mirror_write(key),
             MirrorMode::Note => {
                 // Mark first, then announce (S03).
                 let range = self.requests[key].range;
-                self.devices[volume].mark(range);
+                if !self.planted(Fault::NoteWithoutMark) {
+                    self.devices[volume].mark(range);
+                }
                 let volume_nr = u32::from(self.devices[volume].nr.0);
                 let note =
                     v1::OutOfSync { volume: volume_nr, sector: range.start().0, nr_sectors: range.len().0 };
-                self.send(Message::OutOfSync(note), Payload::None);
+                if !self.planted(Fault::MarkWithoutNote) {
+                    self.send(Message::OutOfSync(note), Payload::None);
+                }
             }
             MirrorMode::Nothing => {
                 let range = self.requests[key].range;
-                self.devices[volume].mark(range);
+                if !self.planted(Fault::NoMarkWithoutPeer) {
+                    self.devices[volume].mark(range);
+                }
             }
         }
         if local {
@@ -306,13 +322,14 @@ impl Resource {
         let volume = self.requests[key].volume;
         let resyncing = self.devices[volume].repl.is_syncing();
         let number = u32::from(self.devices[volume].nr.0);
+        let at_receive = self.planted(Fault::CompleteAtReceive);
         let request = &mut self.requests[key];
         request.epoch = Some(epoch);
         request.in_log = true;
         request.protocol = protocol;
         request.peer = if protocol == Protocol::A { Leg::Sent } else { Leg::Pending };
         let wire = wire_id(key, request.seq);
-        let want_recv_ack = protocol == Protocol::B;
+        let want_recv_ack = protocol == Protocol::B || at_receive;
         // During a resync the ack also says that the blocks are in sync now (SEM §7).
         let want_write_ack = protocol == Protocol::C || resyncing;
         let (sector, nr_sectors, fua) = (request.range.start().0, request.range.len().0, request.fua);
@@ -377,7 +394,9 @@ impl Resource {
             Err(error) => {
                 request.local = Leg::Failed;
                 let range = request.range;
-                device.mark(range);
+                if !self.planted(Fault::LocalErrorNotMarked) {
+                    self.devices[volume].mark(range);
+                }
                 self.on_local_io_error(volume, "a write to the local disk", None, error);
             }
         }
@@ -397,8 +416,14 @@ impl Resource {
         let Some(key) = self.find_request(header.request) else {
             return self.protocol_error("an acknowledgement for a write that is not waiting for one");
         };
+        let answer = match answer {
+            Answer::Failed if self.planted(Fault::NegAckIsAck) => Answer::Written,
+            Answer::Received if self.planted(Fault::CompleteAtReceive) => Answer::Written,
+            other => other,
+        };
+        let believe = self.planted(Fault::AnswersOfOldSession);
         let request = &mut self.requests[key];
-        if !request.in_log || request.range.start().0 != header.sector {
+        if !request.in_log || (request.range.start().0 != header.sector && !believe) {
             return self.protocol_error("an acknowledgement that does not fit the write it names");
         }
         match answer {
@@ -493,7 +518,7 @@ impl Resource {
                     };
                 }
             }
-            if self.devices[volume].uuid_gate.is_some() {
+            if self.devices[volume].uuid_gate.is_some() && !self.planted(Fault::GenerationNotAwaited) {
                 if !self.devices[volume].gated.contains(&key) {
                     self.devices[volume].gated.push(key);
                 }
@@ -537,14 +562,24 @@ impl Resource {
     }
 
     fn complete_request(&mut self, key: usize, result: Result<(), RequestError>) {
+        let (early, open) =
+            (self.planted(Fault::AlReleasedAtCompletion), self.planted(Fault::EpochStaysOpen));
         let request = &mut self.requests[key];
         debug_assert!(!request.completed, "request {:?} completes twice", request.id);
         request.completed = true;
-        let (id, volume, range, epoch) = (request.id, request.volume, request.range, request.epoch);
+        let (id, volume, range) = (request.id, request.volume, request.range);
+        let epoch = request.epoch.filter(|_| !open);
+        let early_end = early && std::mem::take(&mut request.al);
         let latency_ns = self.now.0.saturating_sub(request.issued.0);
         let device = &mut self.devices[volume];
         let beside = device.repl.is_syncing() || device.repl.is_verifying();
         device.foreground.write_done(latency_ns, beside);
+        if early_end {
+            self.al_end(volume, range.al_extents());
+        }
+        if open {
+            self.timers.set_if_idle(Timer::IdleBarrier, self.now.plus_ms(IDLE_BARRIER_MS));
+        }
         self.out.push_back(Output::Complete { id, result, data: None });
         if let Some(epoch) = epoch {
             self.end_epoch_soon(epoch);
@@ -576,6 +611,15 @@ impl Resource {
 
     /// Lets a range go and moves on whoever waited for it.
     pub(super) fn unlock(&mut self, volume: usize, range: BlockRange, owner: LockOwner) {
+        let unlocked = match owner {
+            LockOwner::Request(_) => self.planted(Fault::RequestsDoNotLock),
+            LockOwner::Peer(_) => self.planted(Fault::PeerWritesDoNotLock),
+            LockOwner::ResyncSource(_) => self.planted(Fault::ResyncReadUnlocked),
+            LockOwner::ResyncTarget(_) => false,
+        };
+        if unlocked {
+            return;
+        }
         let mut granted = std::mem::take(&mut self.granted);
         self.devices[volume].locks.unlock(range, owner, &mut granted);
         self.run_granted(volume, granted);
@@ -621,12 +665,17 @@ impl Resource {
             request.in_sync_at_peer = false;
             let (volume, range) = (request.volume, request.range);
             // "Sent" (protocol A) and "pending" never got their proof.
-            if request.peer != Leg::Ok {
+            let unproven = request.peer != Leg::Ok;
+            if unproven {
                 request.peer = Leg::Failed;
             }
             request.again = !request.completed && (frozen || request.peer != Leg::Ok && wait);
             again |= request.again;
-            self.devices[volume].mark(range);
+            let forget =
+                self.planted(Fault::NoMarkAtLoss) || (self.planted(Fault::LastEpochForgotten) && !unproven);
+            if !forget {
+                self.devices[volume].mark(range);
+            }
             self.ordered(*key);
         }
         if again {
@@ -656,6 +705,9 @@ impl Resource {
 
     /// The peer's disk of this volume went away while the connection stands: mark what it had not declared stable.
     pub(super) fn mark_unacked(&mut self, volume: usize) {
+        if self.planted(Fault::NoMarkAtPeerDetach) {
+            return;
+        }
         let ranges: Vec<BlockRange> = self
             .tl
             .requests()
@@ -730,9 +782,10 @@ impl Resource {
             return self.park_flush(id, volume);
         }
         let newest = self.close_epoch();
-        let local = self.devices[at].writable();
+        let local = self.devices[at].writable() && !self.planted(Fault::FlushSkipsDisk);
         // A and B promise the local copy only; without one, the peer's is the one.
-        let peer_through = if self.cfg.net.protocol == Protocol::C || !local { newest } else { None };
+        let mirrored = self.cfg.net.protocol == Protocol::C && !self.planted(Fault::FlushWithoutPeer);
+        let peer_through = if mirrored || !local { newest } else { None };
         let leg = if local { Leg::Pending } else { Leg::None };
         let key = self.flushes.insert(Flush { id, volume: at, local: leg, peer_through });
         if local {
@@ -746,6 +799,8 @@ impl Resource {
         self.devices[volume].ios -= 1;
         if ok {
             self.flushes[key].local = Leg::Ok;
+        } else if self.planted(Fault::FailedFlushRetried) {
+            return self.submit_io(volume, DiskOp::Flush, None, false, None, IoContext::Flush(key));
         } else {
             // What earlier writes left in the cache may be gone; the kernel would report success next
             // time. The disk is done for, and only the peer can still vouch for them.
@@ -782,6 +837,7 @@ impl Resource {
         let good = match flush.local {
             Leg::Ok => true,
             // Nothing but the peer's stable copy counts then.
+            Leg::None if self.planted(Fault::FlushSkipsDisk) => true,
             Leg::None | Leg::Failed => self.devices[flush.volume].peer_readable(),
             Leg::Pending | Leg::Sent => false,
         };
@@ -799,7 +855,8 @@ impl Resource {
         let request = &self.requests[key];
         let (volume, range, buffer) = (request.volume, request.range, request.buffer);
         let device = &self.devices[volume];
-        if device.readable(range) && request.local != Leg::Failed {
+        let careless = self.planted(Fault::ReadInconsistent) && device.writable();
+        if (device.readable(range) || careless) && request.local != Leg::Failed {
             self.requests[key].local = Leg::Pending;
             self.submit_io(volume, DiskOp::Read, Some(range), false, buffer, IoContext::Request(key));
         } else if device.peer_readable() && request.peer != Leg::Failed {
@@ -890,7 +947,8 @@ impl Resource {
     /// The request a wire id names, if it still waits.
     fn find_request(&self, wire: u64) -> Option<usize> {
         let key = usize::try_from(wire & 0xffff_ffff).ok()?;
-        self.requests.get(key).filter(|request| u64::from(request.seq) == wire >> 32).map(|_| key)
+        let believe = self.planted(Fault::AnswersOfOldSession);
+        self.requests.get(key).filter(|request| believe || u64::from(request.seq) == wire >> 32).map(|_| key)
     }
 
     /// Nothing of the application is in flight.

@@ -7,6 +7,7 @@
 //! The demotion waits for the barrier acks: without PRIMARY_IND nobody looks at the activity log again,
 //! so everything it stood for must be stable on both nodes first (I1).
 use super::event::{AdminId, Event, Output, Payload, Refusal, Severity};
+use super::fault::Fault;
 use super::metadata::{BitmapThen, SuperblockThen};
 use super::state::{ConnState, DiskState, ReplState, Role};
 use super::verbs::refusal;
@@ -154,7 +155,10 @@ impl Resource {
                 "try again in a moment",
             ));
         }
-        if self.peer_role == Role::Primary && !self.two_primaries_allowed() {
+        if self.peer_role == Role::Primary
+            && !self.two_primaries_allowed()
+            && !self.planted(Fault::SecondPrimaryAllowed)
+        {
             return Err(refusal(
                 MULTIPLE_PRIMARIES,
                 "Multiple primaries not allowed by config",
@@ -229,6 +233,10 @@ impl Resource {
             change.left = with_metadata.len();
         }
         if with_metadata.is_empty() {
+            return self.finish_promote();
+        }
+        if self.planted(Fault::PromotionNotAwaited) {
+            with_metadata.iter().for_each(|volume| self.md_touch(*volume));
             return self.finish_promote();
         }
         for volume in with_metadata {
@@ -314,7 +322,7 @@ impl Resource {
             self.promote_write();
         }
         let drained = self.role_change.as_ref().is_some_and(|change| change.step == RoleStep::Drain)
-            && self.requests_drained();
+            && (self.requests_drained() || self.planted(Fault::DemoteWithoutBarriers));
         if !drained {
             return;
         }
@@ -514,7 +522,7 @@ impl Resource {
                 )
                 | None => self.role == Role::Primary,
             };
-            if mine_first && !self.two_primaries_allowed() {
+            if mine_first && !self.two_primaries_allowed() && !self.planted(Fault::SecondPrimaryAllowed) {
                 let facts = vec![format!("{} is {} or becoming Primary", self.cfg.node_name, self.role)];
                 return Err(refusal(-1, "Multiple primaries not allowed by config", facts, ""));
             }

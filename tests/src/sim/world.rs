@@ -13,6 +13,7 @@ use lockstep_replicator::core::event::{
     AdminCommand, Digest, DiskIo, DiskOk, DiskOp, Event, HandlerName, HandlerToken, Input, IoError, IoId,
     MetaId, Output, Request, RequestId, RequestOp, SessionId,
 };
+use lockstep_replicator::core::fault::Fault;
 use lockstep_replicator::core::state::{ConnState, DiskState, ReplState, Role};
 use lockstep_replicator::core::status::{ResourceStatus, States};
 use lockstep_replicator::units::{BlockRange, Sector, SectorCount, Time, VolumeNr};
@@ -41,6 +42,8 @@ pub struct Options {
     pub resource: ResourceOptions,
     /// Print every event.
     pub verbose: bool,
+    /// Both cores have this defect.
+    pub planted: Option<Fault>,
 }
 
 impl Options {
@@ -59,6 +62,7 @@ impl Options {
             volume,
             resource: ResourceOptions::default(),
             verbose,
+            planted: None,
         }
     }
 }
@@ -288,7 +292,14 @@ impl World {
         }
         let seed = self.rng.next();
         self.trace(|| format!("n{node} starts"));
-        self.nodes[node].core = Some(Resource::new(config, seed, Time(self.now)));
+        #[cfg_attr(
+            not(feature = "planted-faults"),
+            expect(unused_mut, reason = "only a planted defect changes it")
+        )]
+        let mut core = Resource::new(config, seed, Time(self.now));
+        #[cfg(feature = "planted-faults")]
+        core.plant(self.options.planted);
+        self.nodes[node].core = Some(core);
     }
 
     /// Orders an attach of volume 0 with what is on the simulated disk.

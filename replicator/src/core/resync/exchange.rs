@@ -2,6 +2,7 @@
 use crate::core::Resource;
 use crate::core::event::Payload;
 use crate::core::metadata::BitmapThen;
+use crate::core::fault::Fault;
 use bytes::Bytes;
 use lockstep_proto::{Message, limits, v1};
 
@@ -42,6 +43,9 @@ impl Resource {
         if !waiting {
             self.drop_payload(payload);
             return self.protocol_error("bitmap words nobody waits for");
+        }
+        if self.planted(Fault::BitmapReplaced) {
+            self.devices[volume].bitmap.clear_all();
         }
         if let Payload::Bytes(bytes) = &payload {
             let words =

@@ -36,6 +36,7 @@ use super::Resource;
 use super::device::Device;
 use super::event::{BufferId, Digest, Event, HandlerName, HandlerToken, Output, SessionId, Severity};
 use super::handlers::Purpose;
+use super::fault::Fault;
 use super::interval::LockOwner;
 use super::metadata::{BitmapThen, SuperblockThen};
 use super::request::range_of;
@@ -334,6 +335,7 @@ impl Resource {
     pub(in crate::core) fn on_out_of_sync(&mut self, header: &v1::OutOfSync) {
         let place = self.wire_device(header.volume).zip(range_of(header.sector, header.nr_sectors));
         match place {
+            Some((_, _)) if self.planted(Fault::NoteIgnored) => {}
             Some((volume, range)) if range.within(self.devices[volume].size) => {
                 self.devices[volume].mark(range);
             }

@@ -2,6 +2,7 @@
 use super::{RsRead, RsReadStep};
 use crate::core::config::RateControl;
 use crate::core::event::{Digest, DiskOk, DiskOp, IoError, Output, Payload, Severity};
+use crate::core::fault::Fault;
 use crate::core::interval::LockOwner;
 use crate::core::metadata::{BitmapThen, SuperblockThen};
 use crate::core::request::range_of;
@@ -15,6 +16,9 @@ impl Resource {
         let random = self.random_uuid();
         self.devices[volume].uuids.start_as_source(random);
         self.md_touch(volume);
+        if self.planted(Fault::SourceStartsEarly) {
+            return self.source_started(volume);
+        }
         self.md_then(volume, SuperblockThen::SourceStart);
     }
 
@@ -84,6 +88,7 @@ impl Resource {
             return self.protocol_error("a resync request, but this node is no source");
         }
         let Some(session) = self.session.as_ref().map(|session| session.id) else { return };
+        let unlocked = self.planted(Fault::ResyncReadUnlocked);
         let device = &mut self.devices[volume];
         let key = device.rs_reads.insert(RsRead {
             session,
@@ -96,7 +101,7 @@ impl Resource {
         if let Some(resync) = &mut device.resync {
             resync.pace.asked(range.len().0);
         }
-        if device.locks.lock(range, LockOwner::ResyncSource(key)) {
+        if unlocked || device.locks.lock(range, LockOwner::ResyncSource(key)) {
             self.resync_read_locked(volume, key);
         }
     }

@@ -2,6 +2,7 @@
 use super::{Resync, RsWrite, RsWriteStep};
 use crate::core::config::ResyncConfig;
 use crate::core::event::{Digest, DiskOk, DiskOp, IoError, Output, Payload, Severity};
+use crate::core::fault::Fault;
 use crate::core::interval::LockOwner;
 use crate::core::metadata::{BitmapThen, SuperblockThen};
 use crate::core::request::range_of;
@@ -36,7 +37,7 @@ impl Resource {
             _ => return self.protocol_error("a resync nobody decided on"),
         }
         // From here on writes may come for a disk that still counts as consistent: they wait (I5).
-        self.rx.hold = true;
+        self.rx.hold = !self.planted(Fault::ResyncHoldForgotten);
         self.set_repl(volume, ReplState::WFSyncUUID);
         // Marks announced after the bitmaps were united are in memory only. The source forgets its own at
         // our unflushed ack, so a power loss here would leave them nowhere: on disk first (I1).
@@ -54,6 +55,9 @@ impl Resource {
         uuids.bitmap = 0;
         self.set_disk(volume, DiskState::Inconsistent);
         self.md_touch(volume);
+        if self.planted(Fault::TargetStartsEarly) {
+            return self.target_started(volume);
+        }
         self.md_then(volume, SuperblockThen::TargetStart);
     }
 
@@ -79,6 +83,10 @@ impl Resource {
             return;
         }
         let Some(session) = self.session.as_ref().map(|session| session.id) else { return };
+        let ends_early = self.planted(Fault::TargetEndsEarly);
+        let forgets = self.planted(Fault::FailedBlocksForgotten);
+        let one_pass = self.planted(Fault::CursorDoesNotWrap);
+        let clears = self.planted(Fault::ClearedOnRequest);
         loop {
             let device = &mut self.devices[volume];
             let Some(resync) = &mut device.resync else { return };
@@ -86,11 +94,21 @@ impl Resource {
                 return;
             }
             let Some(bit) = device.bitmap.next_set(resync.cursor) else {
+                if ends_early {
+                    return self.target_finish(volume);
+                }
                 if resync.pace.in_flight() != 0 {
                     return;
                 }
+                if forgets {
+                    resync.bits_failed = 0;
+                    device.bitmap.clear_all();
+                }
                 if device.bitmap.count() <= resync.bits_failed {
                     return self.target_finish(volume);
+                }
+                if one_pass {
+                    return;
                 }
                 // Blocks were marked behind the cursor: another pass (S09).
                 resync.cursor = 0;
@@ -126,6 +144,9 @@ impl Resource {
                 spoiled: false,
                 stale: false,
             });
+            if clears {
+                device.unmark(range);
+            }
             if compared {
                 let context = IoContext::ResyncDigest { volume, key };
                 self.submit_io(volume, DiskOp::ReadDigest, Some(range), false, None, context);
@@ -280,7 +301,7 @@ impl Resource {
     /// The application writes here, and this disk is a resync target: replies on their way for these
     /// blocks may hold what was there before.
     pub(in crate::core) fn outdate_resync_replies(&mut self, volume: usize, range: BlockRange) {
-        if self.devices[volume].repl.is_sync_target() {
+        if self.devices[volume].repl.is_sync_target() && !self.planted(Fault::StaleReplyWritten) {
             for (_, write) in &mut self.devices[volume].rs_writes {
                 write.stale |= write.range.overlaps(range) && write.step != RsWriteStep::Writing;
             }
@@ -458,8 +479,9 @@ impl Resource {
             Some(Resync { source: false, finishing: true, sync_uuid: Some(start), .. }) => *start,
             _ => return,
         };
+        let anyway = self.planted(Fault::TargetEndsEarly);
         let device = &mut self.devices[volume];
-        if device.bitmap.count() != 0 {
+        if device.bitmap.count() != 0 && !anyway {
             // A block was marked meanwhile: not done after all.
             if let Some(resync) = &mut device.resync {
                 resync.finishing = false;
@@ -473,6 +495,9 @@ impl Resource {
         device.crashed_primary = false;
         self.set_disk(volume, DiskState::UpToDate);
         self.md_touch(volume);
+        if self.planted(Fault::FinishNotAwaited) {
+            return self.target_finished(volume);
+        }
         self.md_then(volume, SuperblockThen::TargetFinish);
     }
 
