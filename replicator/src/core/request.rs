@@ -615,7 +615,7 @@ impl Resource {
             LockOwner::Request(_) => self.planted(Fault::RequestsDoNotLock),
             LockOwner::Peer(_) => self.planted(Fault::PeerWritesDoNotLock),
             LockOwner::ResyncSource(_) => self.planted(Fault::ResyncReadUnlocked),
-            LockOwner::ResyncTarget(_) => false,
+            LockOwner::ResyncTarget(_) | LockOwner::VerifyAsk(_) | LockOwner::VerifyAnswer(_) => false,
         };
         if unlocked {
             return;
