@@ -1,8 +1,8 @@
 //! The bitmap exchange: own bits to the peer, the peer's bits in, the union durable (SEM §11).
 use crate::core::Resource;
 use crate::core::event::Payload;
-use crate::core::metadata::BitmapThen;
 use crate::core::fault::Fault;
+use crate::core::metadata::BitmapThen;
 use bytes::Bytes;
 use lockstep_proto::{Message, limits, v1};
 
