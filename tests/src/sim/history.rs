@@ -471,6 +471,8 @@ impl History {
                     r.value == value && *number != value && r.start == seen.start && r.len == seen.len
                 });
                 for (fate, view) in seen.fate.iter_mut().zip(views) {
+                    // A power cut that takes the write away says so of the write alone.
+                    fate.landed = false;
                     if view && fate.dead && fate.replaces == NEVER {
                         *fate = Fate { end: now, replaces: now, dead: false, ..*fate };
                     }
