@@ -12,7 +12,7 @@ use lockstep_proto::{Message, MessageType, PayloadKind, frame};
 use lockstep_replicator::core::Resource;
 use lockstep_replicator::core::config::{NetConfig, Protocol, ResourceConfig, VolumeConfig};
 use lockstep_replicator::core::event::{
-    AdminCommand, AdminId, BufferId, DiskIo, DiskOk, DiskOp, Input, IoError, LostReason, MetaId, MetaWrite,
+    AdminCommand, AdminId, BufferId, Digest, DiskIo, DiskOk, DiskOp, Input, IoError, LostReason, MetaId, MetaWrite,
     Output, Payload, Request, RequestId, RequestOp, SessionId,
 };
 use lockstep_replicator::meta::{
@@ -366,8 +366,11 @@ impl World {
         }
         let io = self.nodes[at].ios.remove(usize::from(which) % len);
         let result = if good {
-            let buffer = (io.op == DiskOp::Read && io.buffer.is_none()).then(|| BufferId(self.number()));
-            Ok(DiskOk { buffer, all_zero: which & 64 != 0 })
+            let reads = matches!(io.op, DiskOp::Read | DiskOp::ReadDigest);
+            let buffer = (reads && io.buffer.is_none()).then(|| BufferId(self.number()));
+            // Two different digests, so that both outcomes of a comparison are met.
+            let digest = (io.op == DiskOp::ReadDigest).then_some(Digest([u64::from(which & 1); 4]));
+            Ok(DiskOk { buffer, all_zero: which & 64 != 0, digest })
         } else if which & 128 != 0 {
             Err(IoError::Aborted)
         } else {
