@@ -12,8 +12,8 @@ use lockstep_proto::{Message, MessageType, PayloadKind, frame};
 use lockstep_replicator::core::Resource;
 use lockstep_replicator::core::config::{NetConfig, Protocol, ResourceConfig, VolumeConfig};
 use lockstep_replicator::core::event::{
-    AdminCommand, AdminId, BufferId, Digest, DiskIo, DiskOk, DiskOp, Input, IoError, LostReason, MetaId, MetaWrite,
-    Output, Payload, Request, RequestId, RequestOp, SessionId,
+    AdminCommand, AdminId, BufferId, Digest, DiskIo, DiskOk, DiskOp, Input, IoError, LostReason, MetaId,
+    MetaWrite, Output, Payload, Request, RequestId, RequestOp, SessionId,
 };
 use lockstep_replicator::meta::{
     Attached, BITMAP_PAGE_BYTES, MAGIC_UNCLEAN, Superblock, UUID_JUST_CREATED, flags,
