@@ -371,6 +371,7 @@ impl Resource {
             }
             return;
         }
+        self.devices[volume].went_on_at_peer = None;
         let drain_through = self.close_epoch();
         self.devices[volume].procedure =
             Some(DiskProcedure::Detach { reply, step: DetachStep::Drain, drain_through });
@@ -414,10 +415,6 @@ impl Resource {
         }
     }
 
-    pub(super) fn detach_is_draining(&self, volume: usize) -> bool {
-        matches!(self.devices[volume].procedure, Some(DiskProcedure::Detach { step: DetachStep::Drain, .. }))
-    }
-
     fn finish_detach(&mut self, volume: usize) {
         let Some(DiskProcedure::Detach { reply, .. }) = self.devices[volume].procedure.take() else { return };
         self.release_disk(volume);
@@ -435,7 +432,8 @@ impl Resource {
             .filter(|_| self.devices[volume].peer_readable())
             .and_then(|session| session.handshake.peer_generation(nr));
         let device = &mut self.devices[volume];
-        device.exposed_uuid = at_peer.unwrap_or(device.uuids.current);
+        let went_on = device.went_on_at_peer.take();
+        device.exposed_uuid = at_peer.or(went_on).unwrap_or(device.uuids.current);
         device.found = None;
         device.md_clean = false;
         device.md_disk = DiskState::Diskless;

@@ -66,6 +66,9 @@ pub(super) struct Device {
     /// The application was told of writes that only the peer's disk holds, maybe under the generation
     /// of our own: this disk alone is not what it was shown.
     pub(super) missed_writes: bool,
+    /// While the own disk is being detached: the generation the peer went on to with writes that only it
+    /// takes. The application is shown that one, whether the peer is there at the end or not.
+    pub(super) went_on_at_peer: Option<u64>,
     /// Agreed size; 0 when unknown.
     pub(super) size: SectorCount,
     /// Usable sectors of the own disk; 0 when diskless.
@@ -149,6 +152,7 @@ impl Device {
             uuids: UuidSet::default(),
             exposed_uuid: 0,
             missed_writes: false,
+            went_on_at_peer: None,
             size: SectorCount(0),
             capacity: SectorCount(0),
             peer_capacity: SectorCount(0),

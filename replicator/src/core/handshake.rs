@@ -322,6 +322,8 @@ impl Resource {
                         self.devices[volume].size = SectorCount(info.agreed_size_sectors);
                         self.update_export(volume);
                     }
+                } else if self.devices[volume].disk == DiskState::Detaching {
+                    self.devices[volume].went_on_at_peer = Some(info.uuid_current);
                 }
             }
             Phase::Attach => {
@@ -773,7 +775,7 @@ impl Resource {
         let alone = gone && (self.md_primary || for_peer);
         let device = &self.devices[volume];
         let serves = for_peer && device.peer_disk == DiskState::Attaching;
-        if (alone || serves) && device.uuids.bitmap == 0 && self.own_copy_counts(volume) {
+        if (alone || serves) && device.uuids.bitmap == 0 && device.disk == DiskState::UpToDate {
             self.bump_uuid(volume, true);
         }
         self.try_complete_flushes();

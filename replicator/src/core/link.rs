@@ -227,20 +227,10 @@ impl Resource {
         self.run_parked();
     }
 
-    /// What is written here and nowhere else may be acknowledged: a good disk, or one that is being
-    /// detached and still takes what was in flight.
-    pub(super) fn own_copy_counts(&self, volume: usize) -> bool {
-        let device = &self.devices[volume];
-        device.disk == DiskState::UpToDate
-            || (device.disk == DiskState::Detaching
-                && device.md_disk == DiskState::UpToDate
-                && self.detach_is_draining(volume))
-    }
-
     /// A Primary that writes on without the peer starts a new generation, once (SEM §12).
     pub(super) fn new_generation_if_alone(&mut self, volume: usize) {
         let device = &self.devices[volume];
-        if self.own_copy_counts(volume)
+        if device.disk == DiskState::UpToDate
             && device.mirror_mode() == MirrorMode::Nothing
             && !self.planted(Fault::NoNewGeneration)
         {

@@ -526,8 +526,8 @@ impl Resource {
             }
             let device = &self.devices[volume];
             // A copy that is not good vouches for nothing, least of all alone (S26).
-            let good_local = device.md_disk == DiskState::UpToDate
-                && matches!(device.disk, DiskState::UpToDate | DiskState::Detaching);
+            // Nor one that is on its way out: newer writes may be at the peer only, and both would differ.
+            let good_local = device.disk == DiskState::UpToDate;
             let request = &self.requests[key];
             let good =
                 (request.local == Leg::Ok && good_local) || matches!(request.peer, Leg::Ok | Leg::Sent);
@@ -783,9 +783,10 @@ impl Resource {
         }
         let newest = self.close_epoch();
         let local = self.devices[at].writable() && !self.planted(Fault::FlushSkipsDisk);
-        // A and B promise the local copy only; without one, the peer's is the one.
+        let good = self.devices[at].disk == DiskState::UpToDate;
+        // A and B promise the local copy only; without a good one, the peer's is the one.
         let mirrored = self.cfg.net.protocol == Protocol::C && !self.planted(Fault::FlushWithoutPeer);
-        let peer_through = if mirrored || !local { newest } else { None };
+        let peer_through = if mirrored || !good { newest } else { None };
         let leg = if local { Leg::Pending } else { Leg::None };
         let key = self.flushes.insert(Flush { id, volume: at, local: leg, peer_through });
         if local {
@@ -834,11 +835,12 @@ impl Resource {
         if self.suspension.is_frozen() {
             return;
         }
+        let device = &self.devices[flush.volume];
         let good = match flush.local {
-            Leg::Ok => true,
+            Leg::Ok if device.md_disk == DiskState::UpToDate => true,
             // Nothing but the peer's stable copy counts then.
             Leg::None if self.planted(Fault::FlushSkipsDisk) => true,
-            Leg::None | Leg::Failed => self.devices[flush.volume].peer_readable(),
+            Leg::Ok | Leg::None | Leg::Failed => device.peer_readable(),
             Leg::Pending | Leg::Sent => false,
         };
         if !good && self.waits_for_data(flush.volume) {
