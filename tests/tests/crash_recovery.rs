@@ -155,10 +155,10 @@ fn an_activity_log_that_cannot_be_read_stands_for_every_block() {
     world.crash(0, false);
     world.run(50);
     world.boot(0);
-    let mut attached = Box::new(world.nodes[0].disk.meta.attach());
+    let mut attached = Box::new(world.nodes[0].disks[0].meta.attach().expect("readable"));
     attached.al_unusable = true;
     attached.hot_extents = Vec::new();
-    world.nodes[0].disk_open = true;
+    world.nodes[0].disk_open[0] = true;
     world.admin(0, "attach", AdminCommand::Attach { volume: VOLUME, attached });
     world.admin(0, "connect", CONNECT);
     quiet(&mut world);
@@ -173,9 +173,9 @@ fn bitmap_pages_that_cannot_be_read_count_as_set() {
     world.request(0, RequestOp::Write, 8 * 8, 8, false);
     world.run(50);
     world.boot(1);
-    let mut attached = Box::new(world.nodes[1].disk.meta.attach());
+    let mut attached = Box::new(world.nodes[1].disks[0].meta.attach().expect("readable"));
     attached.bitmap.truncate(1);
-    world.nodes[1].disk_open = true;
+    world.nodes[1].disk_open[0] = true;
     world.admin(1, "attach", AdminCommand::Attach { volume: VOLUME, attached });
     world.admin(1, "connect", CONNECT);
     quiet(&mut world);
@@ -188,7 +188,7 @@ fn metadata_of_an_earlier_time_costs_a_full_resync_or_is_refused() {
     for generations in 1..5 {
         for victim in 0..2 {
             let mut world = plain_pair(63);
-            let old = world.nodes[victim].disk.meta.clone();
+            let old = world.nodes[victim].disks[0].meta.clone();
             for _ in 0..generations {
                 world.cut(true);
                 world.run(50);
@@ -207,7 +207,7 @@ fn metadata_of_an_earlier_time_costs_a_full_resync_or_is_refused() {
             }
             load(&mut world, 1 - victim, 5);
             world.run(50);
-            world.nodes[victim].disk.meta = old;
+            world.nodes[victim].disks[0].meta = old;
             world.start(victim);
             world.run_until(30_000, |w| w.in_sync() && w.idle());
             match last(&world, victim).decided.outcome {
@@ -235,8 +235,10 @@ fn a_superblock_that_says_a_full_resync_was_running_means_everything() {
     let mut world = plain_pair(64);
     world.crash(1, false);
     world.run(50);
-    world.nodes[1].disk.meta.superblock.flags |= flags::FULL_SYNC;
-    world.nodes[1].disk.meta.superblock.flags &= !flags::CONSISTENT;
+    world.nodes[1].disks[0].meta.edit_superblock(|superblock| {
+        superblock.flags |= flags::FULL_SYNC;
+        superblock.flags &= !flags::CONSISTENT;
+    });
     load(&mut world, 0, 3);
     world.run(50);
     world.start(1);
