@@ -378,6 +378,18 @@ pub enum Verb {
         #[arg(short, long)]
         statistics: bool,
     },
+    /// Why the nodes are connected, resyncing or apart: what they told each other, and what follows
+    Explain {
+        /// Which.
+        #[command(flatten)]
+        targets: OptionalTargets,
+        /// As JSON
+        #[arg(short, long)]
+        json: bool,
+        /// How many of the last meetings
+        #[arg(long, value_name = "N", default_value_t = 3)]
+        last: usize,
+    },
     /// Wait until the peer is connected
     WaitConnect(Targets),
     /// Wait until no resync to this node runs

@@ -8,6 +8,7 @@
 //! | `control.rs`, `client.rs` | the control socket's language and the command's end of it |
 //! | `daemon.rs`, `process.rs`, `node.rs` | lockstepd: its life, its process, its resources |
 //! | `view.rs`, `status_text.rs`, `status_json.rs` | what `status` shows |
+//! | `explain.rs` | what `explain` shows |
 //! | `outcome.rs` | exit codes and refusals |
 pub mod cli;
 pub mod client;
@@ -16,6 +17,7 @@ pub mod control;
 pub mod daemon;
 pub mod drbdmeta;
 pub mod entry;
+mod explain;
 pub mod links;
 pub mod node;
 pub mod outcome;

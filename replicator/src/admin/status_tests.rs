@@ -68,6 +68,8 @@ fn r0(volumes: u16) -> ResourceView {
                 rs_in_flight_sectors: 0,
                 peer_volumes: (0..volumes).map(peer_volume).collect(),
             },
+            node_name: "alice".into(),
+            decisions: Vec::new(),
             waiting_for: vec![],
         },
         devices: (0..volumes).map(device).collect(),

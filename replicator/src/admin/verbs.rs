@@ -5,6 +5,7 @@ use crate::admin::client::{Client, ClientError};
 use crate::admin::config::{MetaDisk, dump};
 use crate::admin::control::{DaemonInfo, Reply, Request, ResourceVerb, VerbRequest};
 use crate::admin::drbdmeta;
+use crate::admin::explain;
 use crate::admin::node::with_causes;
 use crate::admin::outcome::{self, Failure};
 use crate::admin::plan::{self, Loaded, LocalVolume, Source};
@@ -122,6 +123,7 @@ impl<'a> Session<'a> {
             Verb::Cstate(targets) => self.query(targets, |view, _| vec![combined_conn_state(view)]),
             Verb::Dstate(targets) => self.dstate(targets),
             Verb::Status { targets, json, statistics } => self.status_verb(targets, *json, *statistics),
+            Verb::Explain { targets, json, last } => self.explain(targets, *json, *last),
             Verb::CreateMd { targets, force, al_stripes, al_stripe_size_kib, max_peers } => {
                 if max_peers.is_some_and(|peers| peers > 1) {
                     say(self.err, "note: v08 metadata is for one peer; --max-peers is ignored\n");
@@ -529,6 +531,22 @@ impl<'a> Session<'a> {
             }
         }
         self.status(&names, json, statistics)
+    }
+
+    fn explain(&mut self, targets: &OptionalTargets, json: bool, last: usize) -> Result<u8, Failure> {
+        let mut views = Vec::new();
+        if targets.targets.is_empty() || targets.targets.contains(&Target::All) {
+            views = self.views(None)?;
+        } else {
+            for target in &targets.targets {
+                if let Target::One { resource, .. } = target {
+                    views.extend(self.views(Some(resource))?);
+                }
+            }
+        }
+        let text = if json { explain::as_json(&views, last) } else { explain::as_text(&views, last) };
+        say(self.out, &text);
+        Ok(outcome::OK)
     }
 
     /// `status` of the named resources, or of all.

@@ -46,6 +46,9 @@ pub(super) enum AttachStep {
     Superblock,
     AlInit,
     FinalSuperblock,
+    /// Ready, but a role change is on its way: the peer has to hear of it before it hears of this disk,
+    /// or writes that only the peer takes would belong to no newer generation (S28).
+    Meet,
 }
 
 /// Which step of a detach is on its way.
@@ -236,8 +239,11 @@ impl Resource {
                     *step = AttachStep::AlInit;
                     self.meta(volume, MetaWrite::AlInit, MetaContext::AlInit(volume));
                 }
-                AttachStep::AlInit => {}
-                AttachStep::FinalSuperblock => self.finish_attach(volume),
+                AttachStep::AlInit | AttachStep::Meet => {}
+                AttachStep::FinalSuperblock => {
+                    *step = AttachStep::Meet;
+                    self.progress_disk(volume);
+                }
             },
             Some(DiskProcedure::Detach { step, .. }) => match step {
                 DetachStep::Drain | DetachStep::AlInit => {}
@@ -397,6 +403,9 @@ impl Resource {
                     }
                     self.write_bitmap(volume, BitmapThen::Disk);
                 }
+            }
+            Some(DiskProcedure::Attach { step: AttachStep::Meet, .. }) if self.role_change.is_none() => {
+                self.finish_attach(volume);
             }
             Some(DiskProcedure::Detach { step: DetachStep::Close, .. }) if idle => self.finish_detach(volume),
             Some(DiskProcedure::Failing { .. }) if idle => {

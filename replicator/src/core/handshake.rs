@@ -342,6 +342,7 @@ impl Resource {
                     return self.protocol_error("an answer to an attach that nobody asked");
                 }
                 self.decide_volume(volume);
+                self.run_parked();
             }
         }
     }
@@ -581,6 +582,9 @@ impl Resource {
             return self.refuse_peer(&why, "give both nodes backing devices of the same size");
         }
         let Decision { theirs: peer, decided: Decided { comparison, outcome, .. }, .. } = decision;
+        if let Outcome::Refuse(obstacle) = *outcome {
+            return self.refuse_by(decision, obstacle);
+        }
         if comparison.rule == Rule::Diskless {
             self.set_peer_disk_fact(volume, peer.disk);
             self.set_repl(volume, ReplState::Established);
@@ -629,9 +633,8 @@ impl Resource {
                 }
                 self.begin_resync(volume, false, full, peer.disk);
             }
-            Outcome::Refuse(obstacle) => self.refuse_by(decision, obstacle),
-            // Both want a handshake of their own.
-            Outcome::MustDemote { .. } | Outcome::Retry(_) => self.drop_session(
+            // These want a handshake of their own; refused was above.
+            Outcome::MustDemote { .. } | Outcome::Retry(_) | Outcome::Refuse(_) => self.drop_session(
                 ConnState::NetworkFailure,
                 "the attached disk and the peer's do not go together while this node is Primary",
             ),

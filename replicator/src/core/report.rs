@@ -4,7 +4,9 @@ use super::attach::DiskProcedure;
 use super::config::WriteOrdering;
 use super::resync::Verify;
 use super::state::{ConnState, ReplState, Role};
-use super::status::{ConnectionStatus, PeerVolumeStatus, ResourceStatus, ResyncStatus, States, VolumeStatus};
+use super::status::{
+    ConnectionStatus, PastDecision, PeerVolumeStatus, ResourceStatus, ResyncStatus, States, VolumeStatus,
+};
 use crate::units::{Time, VolumeNr};
 
 impl Resource {
@@ -53,6 +55,14 @@ impl Resource {
                     .sum(),
                 peer_volumes: (0..self.devices.len()).map(|at| self.peer_volume_status(at, now)).collect(),
             },
+            node_name: self.cfg.node_name.clone(),
+            decisions: self
+                .decisions()
+                .map(|decision| PastDecision {
+                    ago_ms: now.ms_since(decision.at),
+                    decision: decision.clone(),
+                })
+                .collect(),
             waiting_for: self.waits(now),
         }
     }

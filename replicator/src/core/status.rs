@@ -1,4 +1,5 @@
 //! A snapshot of everything `status` shows. Plain data: the control plane turns it into text or JSON.
+use crate::core::explain::Decision;
 use crate::core::state::{ConnState, DiskState, ReplState, Role};
 use crate::units::VolumeNr;
 use serde::{Deserialize, Serialize};
@@ -20,6 +21,12 @@ pub struct ResourceStatus {
     pub volumes: Vec<VolumeStatus>,
     /// The one peer.
     pub connection: ConnectionStatus,
+    /// Own node's name.
+    #[serde(default)]
+    pub node_name: String,
+    /// What the last handshakes concluded, oldest first.
+    #[serde(default)]
+    pub decisions: Vec<PastDecision>,
     /// What open waits are for, in words; empty when nothing waits.
     pub waiting_for: Vec<String>,
 }
@@ -37,6 +44,15 @@ pub struct States {
     pub replication: ReplState,
     /// Peer's disk, as known here.
     pub peer_disk: DiskState,
+}
+
+/// A decision of a handshake and its age.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PastDecision {
+    /// Milliseconds since.
+    pub ago_ms: u64,
+    /// What was decided, from what.
+    pub decision: Decision,
 }
 
 /// One own volume.

@@ -37,8 +37,9 @@ impl Resource {
             | AdminCommand::Resize { .. }
             | AdminCommand::Configure { .. } => true,
         };
-        // Facts announced in a handshake must hold until it is decided.
-        if waits && self.handshake_running() {
+        let role = matches!(command, AdminCommand::Primary { .. } | AdminCommand::Secondary);
+        // Facts announced in a handshake, or with a disk that was attached, must hold until it is decided.
+        if waits && (self.handshake_running() || (role && self.disk_negotiates())) {
             self.parked.push_back((id, command));
             return;
         }
@@ -47,12 +48,17 @@ impl Resource {
 
     /// Verbs that waited for the end of a handshake.
     pub(super) fn run_parked(&mut self) {
-        if self.handshake_running() {
-            return;
-        }
-        while let Some((id, command)) = self.parked.pop_front() {
+        while !self.handshake_running()
+            && !self.disk_negotiates()
+            && let Some((id, command)) = self.parked.pop_front()
+        {
             self.run_command(id, command);
         }
+    }
+
+    /// The peer was told of an attached disk and has not answered.
+    fn disk_negotiates(&self) -> bool {
+        self.conn == ConnState::Connected && self.devices.iter().any(|device| device.negotiating)
     }
 
     fn run_command(&mut self, id: AdminId, command: AdminCommand) {

@@ -534,6 +534,8 @@ mod tests {
                 rs_in_flight_sectors: 0,
                 peer_volumes: vec![],
             },
+            node_name: "alice".into(),
+            decisions: Vec::new(),
             waiting_for: vec![],
         }
     }
