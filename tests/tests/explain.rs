@@ -38,6 +38,12 @@ fn write(world: &mut World, node: usize, start: u64, blocks: u64) {
     world.run(50);
 }
 
+/// The activity log knows of the extent, and the write is on its way.
+fn in_the_middle_of_a_write(world: &mut World) {
+    write(world, 0, 64, 1);
+    world.request(0, RequestOp::Write, 0, 64, false);
+}
+
 fn connected(world: &World) -> bool {
     (0..2).all(|node| world.state(node).is_some_and(|s| s.2 == ConnState::Connected))
 }
@@ -127,7 +133,7 @@ const HISTORIES: [History; 12] = [
         "alpha crashed while it was writing; beta stayed Secondary and waited.",
         || {
             let mut world = pair();
-            world.request(0, RequestOp::Write, 0, 64, false);
+            in_the_middle_of_a_write(&mut world);
             world.crash(0, false);
             world.run(100);
             world.start(0);
@@ -141,7 +147,7 @@ const HISTORIES: [History; 12] = [
         || {
             let net = NetConfig { protocol: Protocol::A, ..NetConfig::default() };
             let mut world = pair_with(&net);
-            world.request(0, RequestOp::Write, 0, 64, false);
+            in_the_middle_of_a_write(&mut world);
             world.crash(0, false);
             world.run(100);
             world.start(0);
@@ -154,7 +160,7 @@ const HISTORIES: [History; 12] = [
         "alpha crashed, beta became Primary and wrote; now alpha is back.",
         || {
             let mut world = pair();
-            world.request(0, RequestOp::Write, 0, 64, false);
+            in_the_middle_of_a_write(&mut world);
             world.crash(0, false);
             world.run(100);
             primary(&mut world, 1);

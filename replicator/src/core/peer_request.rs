@@ -157,15 +157,17 @@ impl Resource {
         let device = &mut self.devices[volume];
         let diskless = device.peer_disk < DiskState::Inconsistent && !forget;
         let writable = device.writable();
-        let books = diskless && writable;
+        // Sent before its Primary knew that its disk takes part again: written here only, and our bits
+        // have left already. Announced, and in our books until the mark is durable here (I1).
+        let noted = device.repl == ReplState::WFBitMapS;
+        let books = (diskless || noted) && writable;
         if books {
             device.mark(range);
-            device.keeps_books = true;
+            if !std::mem::replace(&mut device.keeps_books, true) && !diskless {
+                self.md_touch(volume);
+            }
         }
-        if writable && device.repl == ReplState::WFBitMapS {
-            // Sent before its Primary knew that its disk takes part again: written here only, and our
-            // bits have left already (I1).
-            device.mark(range);
+        if writable && noted {
             let note =
                 v1::OutOfSync { volume: write.volume, sector: range.start().0, nr_sectors: range.len().0 };
             self.send(Message::OutOfSync(note), Payload::None);
@@ -205,7 +207,7 @@ impl Resource {
         self.rx.hold
             || (0..self.devices.len()).any(|volume| {
                 self.devices[volume].writable()
-                    && self.serves_diskless_primary(volume)
+                    && (self.serves_diskless_primary(volume) || self.devices[volume].keeps_books)
                     && self.md_busy(volume)
             })
     }
