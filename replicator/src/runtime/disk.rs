@@ -16,6 +16,7 @@ use crate::meta::{BLOCK_BYTES, Layout, MetaPlace, al_ring};
 use crate::units::VolumeNr;
 use nix::errno::Errno;
 use nix::libc;
+use nix::sys::stat::fstat;
 use nix::sys::statfs::{FsType, TMPFS_MAGIC, fstatfs};
 use std::cell::{Cell, OnceCell, RefCell};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -121,9 +122,11 @@ impl Disk {
     }
 }
 
-/// Whether IO on `fd` is a copy in memory, which never waits.
+/// Whether IO on `fd` is a copy in memory, which never waits. Files only: the filesystem of a block device is that of
+/// its node, and `/dev` is in memory too, whatever the disk is.
 fn is_in_memory(fd: BorrowedFd<'_>) -> bool {
-    fstatfs(fd).is_ok_and(|fs| matches!(fs.filesystem_type(), TMPFS_MAGIC | RAMFS_MAGIC))
+    let is_file = fstat(fd).is_ok_and(|stat| stat.st_mode & libc::S_IFMT == libc::S_IFREG);
+    is_file && fstatfs(fd).is_ok_and(|fs| matches!(fs.filesystem_type(), TMPFS_MAGIC | RAMFS_MAGIC))
 }
 
 /// One system call on a disk.
@@ -779,6 +782,18 @@ mod tests {
             return;
         }
         everything(tempfile::tempdir_in("/dev/shm").unwrap().path());
+    }
+
+    #[test]
+    fn a_device_is_not_in_memory_because_its_node_is() {
+        let device = File::open("/dev/null").unwrap();
+        assert!(!is_in_memory(device.as_fd()));
+        if Path::new("/dev/shm").is_dir() {
+            let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+            let file = File::create(dir.path().join("disk")).unwrap();
+            let in_memory = fstatfs(&file).is_ok_and(|fs| fs.filesystem_type() == TMPFS_MAGIC);
+            assert_eq!(is_in_memory(file.as_fd()), in_memory);
+        }
     }
 
     #[test]
