@@ -200,6 +200,7 @@ fn killed_again_and_again(protocol: char, kills: usize, seed: u64) {
                 "kill {kill}: {received} bytes resynced, at most {bound} were dirty or hot"
             );
         }
+        cluster.wait_arrived(primary, 20).unwrap();
         assert_eq!(cluster.first_difference(size).unwrap(), None, "kill {kill}: the disks differ");
         books = checked(books, &cluster, primary, false, kill);
     }

@@ -292,6 +292,15 @@ impl Cluster {
         })
     }
 
+    /// Waits until nothing that the application wrote is on its way to the peer any more: under protocol A, and in a
+    /// part under B, a write is acknowledged before it is on the peer's disk.
+    #[allow(dead_code, reason = "for tests that compare the disks")]
+    pub(crate) fn wait_arrived(&self, node: usize, seconds: u64) -> Result<Value, ClusterError> {
+        self.wait(node, "all writes on both disks", seconds, |status| {
+            peer(status, "peer-disk-state") == "UpToDate" && status["connections"][0]["ap-in-flight"] == 0
+        })
+    }
+
     /// Where a node serves its NBD export.
     pub(crate) fn nbd_socket(&self, node: usize) -> PathBuf {
         self.nodes[node].run_dir.join(format!("{RESOURCE}.nbd.sock"))
