@@ -181,7 +181,8 @@ impl History {
     }
 
     /// The oldest write of zeroes to just this range that this node does not have yet; one that is still
-    /// waited for, if there is one.
+    /// waited for, if there is one, and of those one of this node's own application. Two Primaries may have
+    /// asked for the same: the disk looks alike after either, and the other node's may still be queued.
     fn open_zeroes(&self, node: usize, volume: usize, start: usize, len: usize) -> Option<u32> {
         let list = self.sectors.get(volume)?.get(start)?;
         let open = || {
@@ -194,7 +195,11 @@ impl History {
             let fate = &self.records[*number as usize].fate[node];
             !fate.dead && fate.replaces == NEVER
         };
-        open().find(waited_for).or_else(|| open().next())
+        let own = |number: &u32| self.records[*number as usize].node == node;
+        open()
+            .find(|number| waited_for(number) && own(number))
+            .or_else(|| open().find(waited_for))
+            .or_else(|| open().next())
     }
 
     /// The newest write of zeroes by this node to just this range.
