@@ -122,6 +122,8 @@ pub(crate) struct Tally {
     pub(crate) failovers: u64,
     pub(crate) switches: u64,
     pub(crate) dumps: u64,
+    /// Detached or disconnected by the operator.
+    pub(crate) verbs: u64,
 }
 
 /// See the module.
@@ -229,7 +231,7 @@ impl Story {
     fn fault(&mut self) {
         self.tally.faults += 1;
         let (node, secondary) = (self.dice.node(), 1 - self.primary);
-        match self.dice.roll(15) {
+        match self.dice.roll(17) {
             0 | 1 => {
                 self.link(&format!("link cut ({})", name(node)), |net| net.cut(node));
                 if self.dice.one_in(2) {
@@ -296,7 +298,22 @@ impl Story {
                 self.pause(0, 150);
                 self.primary_dies();
             }
+            13 => self.operator(secondary, "detach"),
+            14 => self.operator(secondary, "disconnect"),
             _ => self.primary_dies(),
+        }
+    }
+
+    /// Somebody takes the Secondary's disk or connection away in good order; `adjust` brings it back later.
+    fn operator(&mut self, secondary: usize, verb: &str) {
+        self.mend();
+        self.note(&format!("{verb} on {}", name(secondary)));
+        self.tally.verbs += 1;
+        self.cluster.must(secondary, [verb, RESOURCE]).unwrap();
+        if self.dice.one_in(2) {
+            self.pause(0, 1000);
+            self.note("adjust");
+            self.cluster.must(secondary, ["adjust", RESOURCE]).unwrap();
         }
     }
 
@@ -478,6 +495,7 @@ impl Story {
         self.net.clear();
         for node in [self.primary, 1 - self.primary] {
             self.revive(node);
+            self.cluster.must(node, ["adjust", RESOURCE]).unwrap();
         }
         // The resync has to make its way against the load.
         self.load();

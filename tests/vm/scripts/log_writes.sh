@@ -9,7 +9,7 @@
 . "$VM_KIT/mapper.sh"
 
 # More extents of 4 MiB than the activity log has slots, so that extents are evicted all the time.
-readonly disk_mib=600 nr_cuts=${CUTS:-300}
+readonly disk_mib=600 nr_cuts=${CUTS:-300} nr_pairs=${PAIRS:-15} nr_resyncs=${RESYNCS:-3}
 export NODES_DISK="al-extents 67;"
 readonly mnt=/run/vm/mnt notes=/run/vm/notes seed=${SEED:-$RANDOM}
 write_log=$LOCKSTEP_BIN_DIR/lockstep-write-log
@@ -126,7 +126,7 @@ cut_power() {
     within 300 "$write_log" check /run/vm/record1.img /run/vm/record2.img $notes $((disk_mib << 20)) /run/vm \
         --cuts "$nr_cuts" --seed "$seed" "$@"
 }
-cut_power --pairs "${PAIRS:-16}" >/run/vm/found || fail "seed $seed: $(cat /run/vm/found)"
+cut_power --pairs "$nr_pairs" >/run/vm/found || fail "seed $seed: $(cat /run/vm/found)"
 log "$(grep = /run/vm/found | tr '\n' ' ')"
 check "at least 200 cuts, $(field cuts_at_flush) of them at flushes" test "$(field cuts)" -ge 200
 check "the disks differed after $(field cuts_with_differences) of them" test "$(field cuts_with_differences)" -ge 20
@@ -139,7 +139,7 @@ for part in log bitmap; do
 done
 
 step "the filesystem after a cut, and the file whose fsync had returned"
-resyncs=0
+resyncs=0 number=0
 while read -r _ own peer kind last; do
     "$write_log" replay /run/vm/record1.img "$own" /run/vm/own.img $((disk_mib << 20)) >/dev/null
     cp --sparse=always own.img whole.img
@@ -148,7 +148,9 @@ while read -r _ own peer kind last; do
     if [[ $last != - ]]; then
         check_equal "cut after $own: checkpoint" "$last" "$(debugfs -R "cat /checkpoints/$last" whole.img 2>/dev/null)"
     fi
-    ((resyncs < ${RESYNCS:-3})) || continue
+    # Early, in the middle and late in the story.
+    number=$((number + 1))
+    ((number * nr_resyncs / nr_pairs > resyncs)) || continue
     resyncs=$((resyncs + 1))
 
     cp --sparse=always own.img ours.img
@@ -183,5 +185,5 @@ while read -r _ own peer kind last; do
     check "cut after $own, peer after $peer: both nodes became equal" same_bytes "$loop1" "$loop2" "$bytes"
     losetup -d "$loop1" "$loop2"
 done < <(grep ^pair /run/vm/found)
-check_equal "resyncs" "${RESYNCS:-3}" "$resyncs"
+check_equal "resyncs" "$nr_resyncs" "$resyncs"
 passed
