@@ -1,7 +1,7 @@
 //! Defects planted on purpose, so that the tests can be seen to notice them.
 //!
 //! A check that was never seen failing is no check. Each [`Fault`] names one way this core could be
-//! wrong; the place that would be wrong asks [`Resource::planted`]. Without the feature
+//! wrong; the place that would be wrong asks `Resource::planted`. Without the feature
 //! `planted-faults`, which only the tests package switches on, the answer is a constant `false` and
 //! the compiler leaves nothing of it. `docs/planted-faults.md` says what catches each.
 use super::Resource;

@@ -1,6 +1,6 @@
 //! Range locks of one volume: application writes, mirrored writes, resync reads and writes.
 //!
-//! Promises: no two held ranges overlap; of two that overlap, the one that goes first ([`before`]) is
+//! Promises: no two held ranges overlap; of two that overlap, the one that goes first (`before`) is
 //! fixed when the later one arrives, so nobody starves. Reads of the application take no lock.
 //!
 //! With one Primary that is first come, first served. With two, a write of this node that the other

@@ -2,7 +2,7 @@
 //!
 //! A note per minor keeps the size a device had when its metadata was last found or moved, in the file
 //! and form of DRBD's tools: `drbd-minor-N.lkbd`, `<bytes>\t<device>\n`. With it the metadata is found
-//! again, and moved to the new end before the disk is attached. The order of [`move_to_end`] is that of
+//! again, and moved to the new end before the disk is attached. The order of `move_to_end` is that of
 //! the core's online resize: at every cut one of the two places is valid.
 use super::area::{Area, AreaError};
 use super::device::Device;
