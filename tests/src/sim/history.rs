@@ -4,7 +4,7 @@
 //! has an interval from its issue to its end. Each node has its own *view* of it: a write acked while the
 //! other node took no part replaces older ones only in the view of the node that has it. When a node goes
 //! on from what its disk holds (promoted alone, or source of a resync), [`History::settle`] compares the
-//! disk with a view: acked writes that are missing must have an [`Excuse`], and then they bind no longer.
+//! disk with a view: acked writes that are missing must have an `Excuse`, and then they bind no longer.
 //!
 //! | acked under | may be missing on a node that goes on |
 //! |---|---|
