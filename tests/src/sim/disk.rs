@@ -14,6 +14,7 @@
 //! Not covered: data that changes by itself, data writes that were acked and never done or done elsewhere.
 //! The two copies are then different without any of them knowing; that is what verify is for.
 use super::Rng;
+use super::blocks::Blocks;
 use super::meta_area::MetaArea;
 use lockstep_replicator::units::BlockRange;
 
@@ -61,6 +62,10 @@ pub struct Disk {
     pub faults: Faults,
     /// Sectors written.
     pub written_sectors: u64,
+    /// Blocks in which a read may see something else since these were last looked at.
+    pub changed: Blocks,
+    /// Blocks with other content, here or in `stable_sectors`, since the copies were last compared.
+    pub uncompared: Blocks,
 }
 
 fn at(sector: u64) -> usize {
@@ -92,6 +97,8 @@ impl Disk {
             meta: MetaArea::new(sectors),
             faults: Faults::default(),
             written_sectors: 0,
+            changed: Blocks::none(sectors),
+            uncompared: Blocks::none(sectors),
         }
     }
 
@@ -106,6 +113,13 @@ impl Disk {
         self.now.resize(at(sectors), 0);
         self.stable.resize(at(sectors), 0);
         self.stable_seq.resize(at(sectors), 0);
+        self.changed.grow(sectors);
+        self.uncompared.grow(sectors);
+    }
+
+    fn touch(&mut self, start: usize, len: usize) {
+        self.changed.set_sectors(start, len);
+        self.uncompared.set_sectors(start, len);
     }
 
     /// All sectors as they would be after a power cut that takes the whole cache.
@@ -124,6 +138,7 @@ impl Disk {
     pub fn write(&mut self, range: BlockRange, content: Vec<u32>, durable: bool, tag: u32) {
         self.seq += 1;
         let start = at(range.start().0);
+        self.touch(start, content.len());
         self.now[start..start + content.len()].copy_from_slice(&content);
         self.written_sectors += content.len() as u64;
         let write = Unflushed { seq: self.seq, start, content, tag };
@@ -136,6 +151,7 @@ impl Disk {
 
     /// A sector changes without anybody writing it; a read finds `value` from now on.
     pub fn rot(&mut self, sector: u64, value: u32) {
+        self.touch(at(sector), 1);
         self.now[at(sector)] = value;
         self.stable[at(sector)] = value;
     }
@@ -149,8 +165,10 @@ impl Disk {
     /// A flush completes that was submitted at `mark`.
     pub fn flush(&mut self, mark: u64) {
         let (stable, seqs) = (&mut self.stable, &mut self.stable_seq);
+        let uncompared = &mut self.uncompared;
         self.unflushed.retain(|write| {
             if write.seq <= mark {
+                uncompared.set_sectors(write.start, write.content.len());
                 settle(stable, seqs, write);
             }
             write.seq > mark
@@ -160,6 +178,7 @@ impl Disk {
     /// A write in flight when the node stops, or one that failed: each piece of it happened or not.
     pub fn maybe_write(&mut self, range: BlockRange, content: &[u32], rng: &mut Rng) {
         let start = at(range.start().0);
+        self.touch(start, content.len());
         self.seq += 1;
         let size = if rng.percent(30) { 1 } else { 8 };
         for (from, to) in pieces(start, content.len(), size) {
@@ -195,6 +214,7 @@ impl Disk {
             }
         }
         for write in &writes {
+            self.touch(write.start, write.content.len());
             let range = write.start..write.start + write.content.len();
             self.now[range.clone()].copy_from_slice(&self.stable[range]);
         }

@@ -13,6 +13,13 @@
 //! | C | what a power cut took from its cache, unless a flush was acked since |
 //!
 //! A read that shows a write nobody will ever answer makes it as good as acked: no later read may go back.
+//!
+//! A disk is compared with a view again and again. Only blocks that are `unsure` are looked at: a block is
+//! sure when all its sectors were allowed in the view and nothing binding is as new as the question, and it
+//! becomes unsure when the disk changes there ([`History::disk_changed`]) or when the end or the binding
+//! of one of its writes does. Nothing else has a say, so what was right stays right. [`History::compare`]
+//! asks the whole disk too, and says where the answers differ.
+use super::blocks::{Blocks, SECTORS_PER_BLOCK};
 use lockstep_replicator::core::config::Protocol;
 use lockstep_replicator::units::BlockRange;
 
@@ -20,7 +27,7 @@ use lockstep_replicator::units::BlockRange;
 pub const NEVER: u64 = u64::MAX;
 
 /// What became of a write in the view of one node.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Fate {
     /// From when on it can no longer happen.
     pub end: u64,
@@ -58,6 +65,8 @@ pub struct Record {
     pub fua: bool,
     /// By node.
     pub fate: [Fate; 2],
+    /// Both views say the same of it.
+    joined: bool,
 }
 
 /// What happened to a node, as far as it excuses missing writes.
@@ -88,8 +97,16 @@ pub struct History {
     records: Vec<Record>,
     /// Records by volume and sector, oldest first.
     sectors: Vec<Vec<Vec<u32>>>,
-    /// Sectors with records, in order of their first.
-    touched: Vec<Vec<u32>>,
+    /// By volume: blocks with records.
+    touched: Vec<Blocks>,
+    /// By disk, view and volume: blocks of that disk that may not be allowed in that view.
+    unsure: [[Vec<Blocks>; 2]; 2],
+    /// By volume: blocks in which a sector may have more than one record.
+    crowded: Vec<Blocks>,
+    /// Records that may differ between the views.
+    unjoined: Vec<u32>,
+    /// Look at every block too, and compare.
+    pub compare: bool,
     /// Acked and not stable, by view.
     unsettled: [Vec<u32>; 2],
     dead: [Vec<u32>; 2],
@@ -105,12 +122,26 @@ impl History {
     #[must_use]
     pub fn new(sizes: &[u64], protocol: Protocol) -> Self {
         let done = Fate { end: 0, replaces: 0, stable: true, dead: false, landed: true, sent: true };
-        let zero =
-            Record { value: 0, issued: 0, node: 0, volume: 0, start: 0, len: 0, fua: false, fate: [done; 2] };
+        let zero = Record {
+            value: 0,
+            issued: 0,
+            node: 0,
+            volume: 0,
+            start: 0,
+            len: 0,
+            fua: false,
+            fate: [done; 2],
+            joined: true,
+        };
+        let none: Vec<Blocks> = sizes.iter().map(|size| Blocks::none(*size)).collect();
         Self {
             records: vec![zero],
             sectors: sizes.iter().map(|size| vec![Vec::new(); at(*size)]).collect(),
-            touched: vec![Vec::new(); sizes.len()],
+            touched: none.clone(),
+            unsure: [[none.clone(), none.clone()], [none.clone(), none.clone()]],
+            crowded: none,
+            unjoined: Vec::new(),
+            compare: false,
             unsettled: [Vec::new(), Vec::new()],
             dead: [Vec::new(), Vec::new()],
             protocol,
@@ -120,6 +151,67 @@ impl History {
     /// The protocol of the writes from now on.
     pub const fn set_protocol(&mut self, protocol: Protocol) {
         self.protocol = protocol;
+    }
+
+    /// A volume has this size from now on.
+    pub fn grow(&mut self, volume: usize, sectors: u64) {
+        self.sectors[volume].resize(at(sectors), Vec::new());
+        let unsure = self.unsure.iter_mut().flatten().map(|volumes| &mut volumes[volume]);
+        for blocks in unsure.chain([&mut self.touched[volume], &mut self.crowded[volume]]) {
+            blocks.grow(sectors);
+        }
+    }
+
+    /// A node's disk holds something else in these blocks since the last time; they are taken over.
+    pub fn disk_changed(&mut self, node: usize, volume: usize, changed: &mut Blocks) {
+        if !changed.is_empty() {
+            for view in &mut self.unsure[node] {
+                view[volume].add(changed);
+            }
+            changed.0.fill(0);
+        }
+    }
+
+    /// The two views may differ about a record.
+    fn unjoin(&mut self, number: u32) {
+        let record = &mut self.records[number as usize];
+        if std::mem::replace(&mut record.joined, false) {
+            self.unjoined.push(number);
+        }
+    }
+
+    /// What a view allows has changed where a record is.
+    fn ask_again(&mut self, number: u32, view: usize) {
+        self.unjoin(number);
+        let record = &self.records[number as usize];
+        for disk in &mut self.unsure {
+            if let Some(blocks) = disk[view].get_mut(record.volume) {
+                blocks.set_sectors(record.start, record.len);
+            }
+        }
+    }
+
+    /// A new record, in the lists of its sectors.
+    fn enlist(&mut self, mut record: Record) -> u32 {
+        let number = u32::try_from(self.records.len()).unwrap_or(u32::MAX);
+        let (volume, start, len) = (record.volume, record.start, record.len);
+        if let Some(lists) = self.sectors.get_mut(volume) {
+            let mut crowded = false;
+            for list in lists.iter_mut().skip(start).take(len) {
+                list.push(number);
+                crowded |= list.len() > 1;
+            }
+            self.touched[volume].set_sectors(start, len);
+            if crowded {
+                self.crowded[volume].set_sectors(start, len);
+            }
+        }
+        record.joined = true;
+        self.records.push(record);
+        for view in 0..2 {
+            self.ask_again(number, view);
+        }
+        number
     }
 
     /// A record by its number.
@@ -138,17 +230,12 @@ impl History {
         fua: bool,
         now: u64,
     ) -> u32 {
-        let number = u32::try_from(self.records.len()).unwrap_or(u32::MAX);
         let (start, len) = (at(range.start().0), at(range.len().0));
-        let value = if zeroes { 0 } else { number };
-        self.records.push(Record { value, issued: now, node, volume, start, len, fua, fate: [OPEN; 2] });
-        for sector in start..start + len {
-            if let Some(list) = self.sectors.get_mut(volume).and_then(|volume| volume.get_mut(sector)) {
-                if list.is_empty() {
-                    self.touched[volume].push(u32::try_from(sector).unwrap_or(u32::MAX));
-                }
-                list.push(number);
-            }
+        let fate = [OPEN; 2];
+        let number =
+            self.enlist(Record { value: 0, issued: now, node, volume, start, len, fua, fate, joined: true });
+        if !zeroes {
+            self.records[number as usize].value = number;
         }
         number
     }
@@ -173,6 +260,7 @@ impl History {
             };
             if let Some(number) = found {
                 self.records[number as usize].fate[node].landed = true;
+                self.unjoin(number);
                 tag = number;
             }
             from = to;
@@ -217,6 +305,7 @@ impl History {
         for tag in tags {
             if let Some(record) = self.records.get_mut(*tag as usize).filter(|_| *tag != 0) {
                 record.fate[node].landed = false;
+                self.unjoin(*tag);
             }
         }
     }
@@ -225,6 +314,7 @@ impl History {
     pub fn sent(&mut self, number: u32) {
         if let Some(record) = self.records.get_mut(number as usize) {
             record.fate[1 - record.node].sent = true;
+            self.unjoin(number);
         }
     }
 
@@ -250,6 +340,8 @@ impl History {
                 self.dead[node].push(number);
             }
         }
+        self.ask_again(number, 0);
+        self.ask_again(number, 1);
     }
 
     /// It was answered well, and binds both: of two concurrent writes to the same blocks one may have been
@@ -260,6 +352,8 @@ impl History {
             fate.replaces = fate.replaces.min(now);
             fate.dead = false;
         }
+        self.ask_again(number, 0);
+        self.ask_again(number, 1);
     }
 
     /// Nobody will answer it, or the answer was an error.
@@ -268,22 +362,29 @@ impl History {
             self.records[number as usize].fate[node].dead = true;
             self.dead[node].push(number);
         }
+        self.unjoin(number);
     }
 
     /// A node became Primary: in its view, what never was answered cannot happen after this.
     pub fn new_reign(&mut self, node: usize, now: u64) {
         for number in std::mem::take(&mut self.dead[node]) {
             let fate = &mut self.records[number as usize].fate[node];
-            fate.end = fate.end.min(now);
+            if fate.end > now {
+                fate.end = now;
+                self.ask_again(number, node);
+            }
         }
     }
 
     /// A flush issued at `issued` was acked; these nodes took part.
     pub fn flushed(&mut self, volume: usize, issued: u64, nodes: [bool; 2]) {
-        let records = &mut self.records;
+        let (records, unjoined) = (&mut self.records, &mut self.unjoined);
         for (node, unsettled) in self.unsettled.iter_mut().enumerate().filter(|(node, _)| nodes[*node]) {
             unsettled.retain(|number| {
                 let record = &mut records[*number as usize];
+                if std::mem::replace(&mut record.joined, false) {
+                    unjoined.push(*number);
+                }
                 let fate = &mut record.fate[node];
                 let covered =
                     record.volume == volume && fate.end <= issued && fate.replaces != NEVER && fate.landed;
@@ -295,11 +396,12 @@ impl History {
 
     /// Nothing binds any longer in a node's view, except flushed writes if `keep_stable`.
     pub fn weaken_view(&mut self, node: usize, keep_stable: bool) {
-        for record in &mut self.records[1..] {
-            let fate = &mut record.fate[node];
+        for number in 1..u32::try_from(self.records.len()).unwrap_or(u32::MAX) {
+            let fate = &mut self.records[number as usize].fate[node];
             if !(keep_stable && fate.stable) {
                 fate.replaces = NEVER;
                 fate.stable = false;
+                self.ask_again(number, node);
             }
         }
     }
@@ -313,20 +415,25 @@ impl History {
 
     /// Node `to` takes over what node `from` knows of a volume (resync). `arrived`: and has it on its disk.
     pub fn adopt_view(&mut self, from: usize, to: usize, volume: usize, arrived: bool) {
-        for (number, record) in self.records.iter_mut().enumerate().skip(1) {
+        for number in 1..u32::try_from(self.records.len()).unwrap_or(u32::MAX) {
+            let record = &mut self.records[number as usize];
             if record.volume != volume {
                 continue;
             }
-            let landed = record.fate[to].landed || (arrived && record.fate[from].landed);
-            let sent = record.fate[to].sent;
-            record.fate[to] = Fate { landed, sent, ..record.fate[from] };
-            let fate = &record.fate[to];
-            let number = u32::try_from(number).unwrap_or(u32::MAX);
+            let before = record.fate[to];
+            let landed = before.landed || (arrived && record.fate[from].landed);
+            record.fate[to] = Fate { landed, sent: before.sent, ..record.fate[from] };
+            let fate = record.fate[to];
             if fate.dead && fate.end == NEVER {
                 self.dead[to].push(number);
             }
             if fate.replaces != NEVER && !fate.stable {
                 self.unsettled[to].push(number);
+            }
+            if before.end != fate.end || before.replaces != fate.replaces {
+                self.ask_again(number, to);
+            } else if before != fate {
+                self.unjoin(number);
             }
         }
         for list in [&mut self.dead[to], &mut self.unsettled[to]] {
@@ -337,45 +444,59 @@ impl History {
 
     /// Both nodes have the same data and nothing is in flight: what binds one binds both.
     pub fn join_views(&mut self) {
-        for record in &mut self.records[1..] {
+        for number in std::mem::take(&mut self.unjoined) {
+            let record = &mut self.records[number as usize];
             let [a, b] = record.fate;
+            // What one has seen acked is on both disks now, if it was not overwritten since.
+            let landed = a.replaces.min(b.replaces) != NEVER;
             let joined = Fate {
                 end: a.end.min(b.end),
                 replaces: a.replaces.min(b.replaces),
                 stable: a.stable && b.stable,
                 dead: a.dead && b.dead,
-                landed: true,
+                landed: a.landed || landed,
                 sent: true,
             };
-            record.fate = [joined; 2];
-            record.fate[0].landed = a.landed;
-            record.fate[1].landed = b.landed;
-            // What one has seen acked is on both disks now, if it was not overwritten since.
-            if joined.replaces != NEVER {
-                record.fate[0].landed = true;
-                record.fate[1].landed = true;
+            record.fate = [joined, Fate { landed: b.landed || landed, ..joined }];
+            for (view, before) in [a, b].iter().enumerate() {
+                if before.end != joined.end || before.replaces != joined.replaces {
+                    self.ask_again(number, view);
+                }
             }
+            // Joining once more would change nothing.
+            self.records[number as usize].joined = true;
         }
     }
 
     /// Forgets what can never be seen again: both disks hold the same, stable, and nothing is in flight.
     pub fn prune(&mut self, volume: usize, stable: [&[u32]; 2]) {
-        for sector in &self.touched[volume] {
-            let sector = *sector as usize;
-            let list = &mut self.sectors[volume][sector];
-            let value = stable[0][sector];
-            // Of several writes of zeroes nobody knows which one is there.
-            if list.len() < 2 || stable[1][sector] != value || value == 0 {
-                continue;
+        let mut crowded = std::mem::take(&mut self.crowded[volume]);
+        crowded.retain(|block| {
+            let (from, to) = sectors_of(block, self.sectors[volume].len());
+            let mut left = false;
+            for sector in from..to {
+                self.prune_sector(volume, sector, stable);
+                left |= self.sectors[volume][sector].len() > 1;
             }
-            let records = &self.records;
-            let holder = list.iter().map(|number| &records[*number as usize]).find(|r| r.value == value);
-            if let Some(issued) = holder.map(|r| r.issued) {
-                list.retain(|number| {
-                    let r = &records[*number as usize];
-                    r.value == value || r.fate.iter().any(|fate| fate.end >= issued)
-                });
-            }
+            left
+        });
+        self.crowded[volume] = crowded;
+    }
+
+    fn prune_sector(&mut self, volume: usize, sector: usize, stable: [&[u32]; 2]) {
+        let list = &mut self.sectors[volume][sector];
+        let value = stable[0][sector];
+        // Of several writes of zeroes nobody knows which one is there.
+        if list.len() < 2 || stable[1][sector] != value || value == 0 {
+            return;
+        }
+        let records = &self.records;
+        let holder = list.iter().map(|number| &records[*number as usize]).find(|r| r.value == value);
+        if let Some(issued) = holder.map(|r| r.issued) {
+            list.retain(|number| {
+                let r = &records[*number as usize];
+                r.value == value || r.fate.iter().any(|fate| fate.end >= issued)
+            });
         }
     }
 
@@ -431,6 +552,40 @@ impl History {
         })
     }
 
+    /// The same of a whole disk, where anything has changed since the last time.
+    ///
+    /// # Panics
+    /// [`Self::compare`] is set, and the whole disk gives another answer.
+    pub fn wrong_now(&mut self, view: usize, volume: usize, disk: &[u32], now: u64) -> Option<String> {
+        let mut unsure = std::mem::take(&mut self.unsure[view][view][volume]);
+        let mut wrong = None;
+        let asked = unsure.clone();
+        for block in asked.iter() {
+            let (from, to) = sectors_of(block, disk.len());
+            wrong = self.wrong(view, volume, from, &disk[from..to], now);
+            if wrong.is_some() {
+                break;
+            }
+            if (from..to).all(|sector| self.is_old(view, volume, sector, now)) {
+                unsure.clear(block);
+            }
+        }
+        self.unsure[view][view][volume] = unsure;
+        if self.compare {
+            let full = self.wrong(view, volume, 0, disk, now);
+            assert_eq!(wrong, full, "what changed, and the whole disk of n{view}, volume {volume}");
+        }
+        wrong
+    }
+
+    /// No write of a sector began to bind as late as `asked`, so that a later question has no other answer.
+    fn is_old(&self, view: usize, volume: usize, sector: usize, asked: u64) -> bool {
+        self.sectors[volume][sector].iter().all(|number| {
+            let replaces = self.records[*number as usize].fate[view].replaces;
+            replaces < asked || replaces == NEVER
+        })
+    }
+
     fn explain(&self, view: usize, volume: usize, sector: usize, value: u32, asked: u64) -> String {
         let mut text = format!(
             "sector {sector} of volume {volume} holds {value} at {} us, not allowed for n{view} by",
@@ -483,11 +638,7 @@ impl History {
                     }
                 }
                 if !known {
-                    let number = u32::try_from(self.records.len()).unwrap_or(u32::MAX);
-                    for sector in seen.start..seen.start + seen.len {
-                        self.sectors[volume][sector].push(number);
-                    }
-                    self.records.push(seen);
+                    self.enlist(seen);
                 }
             }
             from = to;
@@ -498,6 +649,9 @@ impl History {
     ///
     /// # Errors
     /// An acked write is missing without excuse, or a later one is there without it.
+    ///
+    /// # Panics
+    /// As [`Self::wrong_now`].
     pub fn settle(
         &mut self,
         node: usize,
@@ -507,64 +661,141 @@ impl History {
         past: &Past,
         now: u64,
     ) -> Result<(), String> {
-        let mut first_missing = NEVER;
-        let mut newest_there = (0, 0);
-        let mut lost = Vec::new();
-        for sector in &self.touched[volume] {
-            let sector = *sector as usize;
-            let value = disk[sector];
-            let best = match self.candidate(view, volume, sector, value, now) {
-                Ok(number) => Some(number),
-                Err(None) => {
-                    return Err(format!(
-                        "something nobody wrote: {}",
-                        self.explain(view, volume, sector, value, now)
-                    ));
-                }
-                Err(best) => best,
-            };
-            if value != 0
-                && let Some(there) = self.record(value)
-                && there.node != node
-                && there.issued > newest_there.0
-            {
-                newest_there = (there.issued, value);
-            }
-            let end = best.map_or(NEVER, |best| self.records[best as usize].fate[view].end);
-            for number in &self.sectors[volume][sector] {
-                let other = &self.records[*number as usize];
-                if other.issued <= end || other.fate[view].replaces >= now {
-                    continue;
-                }
-                match self.excuse(other, node, view, past) {
-                    Excuse::None => {
-                        return Err(format!(
-                            "acked write #{number} is missing: {}",
-                            self.explain(view, volume, sector, value, now)
-                        ));
-                    }
-                    Excuse::OnItsWay => {}
-                    Excuse::Lost => {
-                        if other.node != node {
-                            first_missing = first_missing.min(other.fate[view].replaces);
-                        }
-                        lost.push(*number);
-                    }
-                }
-            }
+        let mut unsure = std::mem::take(&mut self.unsure[node][view][volume]);
+        let asked = unsure.clone();
+        let found = self.find_missing(node, view, volume, disk, past, now, asked.iter(), &mut unsure);
+        self.unsure[node][view][volume] = unsure;
+        if self.compare {
+            let mut ignored = Blocks::default();
+            let blocks = 0..disk.len().div_ceil(SECTORS_PER_BLOCK);
+            let full = self.find_missing(node, view, volume, disk, past, now, blocks, &mut ignored);
+            assert_eq!(found, full, "what changed, and the whole disk of n{node} in the view of n{view}");
         }
-        if newest_there.0 > first_missing {
-            return Err(format!(
-                "write #{} is there, but not one that was acked before it was issued (order): volume {volume}, acked {} us, issued {} us, missing {lost:?}",
-                newest_there.1,
-                first_missing / 1000,
-                newest_there.0 / 1000
-            ));
+        let Missing { first, lost } = found?;
+        if first != NEVER {
+            let newest = self.newest_foreign(node, volume, disk);
+            if newest.0 > first {
+                return Err(format!(
+                    "write #{} is there, but not one that was acked before it was issued (order): volume {volume}, acked {} us, issued {} us, missing {lost:?}",
+                    newest.1,
+                    first / 1000,
+                    newest.0 / 1000
+                ));
+            }
         }
         for number in lost {
             let fate = &mut self.records[number as usize].fate[view];
             fate.replaces = NEVER;
             fate.stable = false;
+            self.ask_again(number, view);
+        }
+        Ok(())
+    }
+
+    /// When the newest write of the other node was issued that is on this disk, and its number.
+    fn newest_foreign(&self, node: usize, volume: usize, disk: &[u32]) -> (u64, u32) {
+        let mut newest = (0, 0);
+        for value in disk.iter().filter(|value| **value != 0) {
+            if let Some(there) = self.record(*value)
+                && there.volume == volume
+                && there.node != node
+                && there.issued > newest.0
+            {
+                newest = (there.issued, *value);
+            }
+        }
+        newest
+    }
+
+    /// Looks for writes that are missing in these blocks, and takes those out of `unsure` where none is.
+    #[expect(clippy::too_many_arguments, reason = "a question about two nodes, twice in one function")]
+    fn find_missing(
+        &self,
+        node: usize,
+        view: usize,
+        volume: usize,
+        disk: &[u32],
+        past: &Past,
+        now: u64,
+        blocks: impl Iterator<Item = usize>,
+        unsure: &mut Blocks,
+    ) -> Result<Missing, String> {
+        let mut found = Missing { first: NEVER, lost: Vec::new() };
+        for block in blocks {
+            let (from, to) = sectors_of(block, disk.len());
+            let mut sure = true;
+            for (sector, value) in (from..to).zip(&disk[from..to]) {
+                if self.sectors[volume][sector].is_empty() {
+                    // Nobody wrote here; what else may be there is for those who look at all sectors.
+                    sure &= *value == 0;
+                    continue;
+                }
+                match self.candidate(view, volume, sector, *value, now) {
+                    Ok(_) => sure &= self.is_old(view, volume, sector, now),
+                    Err(None) => {
+                        return Err(format!(
+                            "something nobody wrote: {}",
+                            self.explain(view, volume, sector, *value, now)
+                        ));
+                    }
+                    Err(Some(best)) => {
+                        sure = false;
+                        self.judge_missing(
+                            node,
+                            view,
+                            volume,
+                            (sector, *value),
+                            best,
+                            past,
+                            now,
+                            &mut found,
+                        )?;
+                    }
+                }
+            }
+            if sure {
+                unsure.clear(block);
+            }
+        }
+        found.lost.sort_unstable();
+        found.lost.dedup();
+        Ok(found)
+    }
+
+    /// A sector holds something that acked writes replace: each of those has an excuse, or that is an error.
+    #[expect(clippy::too_many_arguments, reason = "one step of a loop")]
+    fn judge_missing(
+        &self,
+        node: usize,
+        view: usize,
+        volume: usize,
+        (sector, value): (usize, u32),
+        best: u32,
+        past: &Past,
+        now: u64,
+        found: &mut Missing,
+    ) -> Result<(), String> {
+        let end = self.records[best as usize].fate[view].end;
+        for number in &self.sectors[volume][sector] {
+            let other = &self.records[*number as usize];
+            if other.issued <= end || other.fate[view].replaces >= now {
+                continue;
+            }
+            match self.excuse(other, node, view, past) {
+                Excuse::None => {
+                    return Err(format!(
+                        "acked write #{number} is missing: {}",
+                        self.explain(view, volume, sector, value, now)
+                    ));
+                }
+                Excuse::OnItsWay => {}
+                Excuse::Lost => {
+                    if other.node != node {
+                        found.first = found.first.min(other.fate[view].replaces);
+                    }
+                    found.lost.push(*number);
+                }
+            }
         }
         Ok(())
     }
@@ -587,11 +818,14 @@ impl History {
     }
 }
 
-/// First sector that differs, and what both hold.
-#[must_use]
-pub fn first_difference(a: &[u32], b: &[u32]) -> Option<(usize, u32, u32)> {
-    if a == b {
-        return None;
-    }
-    a.iter().zip(b).enumerate().find(|(_, (a, b))| a != b).map(|(at, (a, b))| (at, *a, *b))
+/// What is missing on a disk, with excuse: when the first of it from elsewhere was acked, and all of it.
+#[derive(Debug, PartialEq, Eq)]
+struct Missing {
+    first: u64,
+    lost: Vec<u32>,
+}
+
+fn sectors_of(block: usize, size: usize) -> (usize, usize) {
+    let from = (block * SECTORS_PER_BLOCK).min(size);
+    (from, (from + SECTORS_PER_BLOCK).min(size))
 }

@@ -7,6 +7,7 @@
 //! | `node.rs` | one node: core, buffers, crash and restart |
 //! | `disk.rs`, `meta_area.rs` | backing disk with a volatile cache, metadata in real bytes, and how they fail |
 //! | `real_area.rs` | metadata at its real place, on devices that grow |
+//! | `blocks.rs` | sets of blocks: what has changed since it was last looked at |
 //! | `history.rs` | what each node may hold, from what the application was told |
 //! | `oracle.rs` | what must be true, and when it is looked at |
 //! | `plan.rs`, `run.rs` | random runs: options and actions from the seed, the two phases |
@@ -17,6 +18,7 @@
 //! piece by piece) or lose power (any subset of the unflushed writes is lost too), alone or both at once,
 //! also at its n-th metadata write, and come back with other options. Operators type verbs at any moment.
 //! At most one node is Primary unless an operator of the run makes it so on purpose.
+pub mod blocks;
 pub mod disk;
 pub mod history;
 pub mod meta_area;

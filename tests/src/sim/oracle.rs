@@ -12,7 +12,8 @@
 //! | resync data arrives | 9: somebody wrote the block, or it was hot at a crash, since both were last equal |
 //! | now and then, and at each crash | 10: a block that differs is marked, or hot, durably, on a node |
 //! | in sync and idle | 2: equal disks, no mark; 1 and 3 for both; no buffer left; 6: nobody's writes went away |
-use super::history::{NEVER, Past, first_difference};
+use super::blocks::{Blocks, SECTORS_PER_BLOCK};
+use super::history::{NEVER, Past};
 use super::net::Wire;
 use super::world::World;
 use lockstep_proto::Message;
@@ -26,33 +27,13 @@ use lockstep_replicator::meta::{UUID_JUST_CREATED, flags};
 use lockstep_replicator::units::{BITS_PER_AL_EXTENT, BlockRange, VolumeNr};
 use std::collections::BTreeMap;
 
-const SECTORS_PER_BLOCK: usize = 8;
-
-/// Blocks of 4 KiB of one volume.
-#[derive(Clone, Debug)]
-struct Blocks(Vec<u64>);
-
-impl Blocks {
-    fn all(sectors: u64) -> Self {
-        Self(vec![u64::MAX; usize::try_from(sectors.div_ceil(8 * 64)).unwrap_or(0)])
-    }
-    fn set(&mut self, block: u64) {
-        let at = usize::try_from(block / 64).unwrap_or(usize::MAX);
-        if let Some(word) = self.0.get_mut(at) {
-            *word |= 1 << (block % 64);
-        }
-    }
-    fn has(&self, block: u64) -> bool {
-        let at = usize::try_from(block / 64).unwrap_or(usize::MAX);
-        self.0.get(at).is_none_or(|word| word >> (block % 64) & 1 == 1)
-    }
-}
-
 /// See the module.
 #[derive(Debug)]
 pub struct Oracle {
     /// By volume: blocks that a resync may copy.
     touched: Vec<Blocks>,
+    /// By volume: blocks in which the copies may differ, now or after a power cut.
+    differing: Vec<Blocks>,
     /// A full resync may come.
     pub full_allowed: bool,
     /// Somebody decided that this node's changes go.
@@ -96,6 +77,7 @@ impl Oracle {
     pub fn new(sizes: &[u64]) -> Self {
         Self {
             touched: sizes.iter().map(|size| Blocks::all(*size)).collect(),
+            differing: sizes.iter().map(|size| Blocks::none(*size)).collect(),
             full_allowed: true,
             voided: [false; 2],
             went_on: [false; 2],
@@ -116,9 +98,9 @@ impl Oracle {
     /// The application writes here.
     pub fn touch(&mut self, volume: usize, range: BlockRange) {
         self.quiet = false;
-        for block in range.bits_touched() {
-            self.touched[volume].set(block);
-        }
+        let (start, len) = (range.start().0, range.len().0);
+        let as_index = |value| usize::try_from(value).unwrap_or(usize::MAX);
+        self.touched[volume].set_sectors(as_index(start), as_index(len));
     }
 
     /// Everything may be copied.
@@ -276,7 +258,7 @@ impl World {
                 for extent in extents {
                     let first = u64::from(extent) * BITS_PER_AL_EXTENT;
                     for block in first..first + BITS_PER_AL_EXTENT {
-                        touched.set(block);
+                        touched.set(usize::try_from(block).unwrap_or(usize::MAX));
                     }
                 }
             }
@@ -363,11 +345,18 @@ impl World {
             return;
         }
         self.oracle.settlements += 1;
+        self.note_changes(node, volume);
         let disk = self.nodes[node].disks[volume].sectors();
         let settled = self.history.settle(node, view, volume, disk, &self.oracle.past[node], self.now);
         if let Err(why) = settled {
             self.fail(format!("n{node} {what}: {why}"));
         }
+    }
+
+    /// Tells the history where a disk has changed since the last time.
+    fn note_changes(&mut self, node: usize, volume: usize) {
+        let changed = &mut self.nodes[node].disks[volume].changed;
+        self.history.disk_changed(node, volume, changed);
     }
 
     fn resync_begins(&mut self, target: usize, volume: usize) {
@@ -410,7 +399,8 @@ impl World {
         let Some(touched) = self.oracle.touched.get(volume).filter(|_| self.oracle.check_minimal) else {
             return;
         };
-        let blocks = header.sector / 8..(header.sector + sectors).div_ceil(8);
+        let index = |sector: u64| usize::try_from(sector).unwrap_or(usize::MAX);
+        let blocks = index(header.sector / 8)..index((header.sector + sectors).div_ceil(8));
         if let Some(block) = blocks.into_iter().find(|block| !touched.has(*block)) {
             self.fail(format!(
                 "n{to}: resync copies block {block} of volume {volume}, which nobody wrote (I9)"
@@ -428,8 +418,8 @@ impl World {
         self.oracle.quiet = true;
         self.oracle.equal += 1;
         for volume in 0..self.volumes() {
-            let [a, b] = [0, 1].map(|node| self.nodes[node].disks[volume].sectors());
-            if let Some((sector, a, b)) = first_difference(a, b) {
+            self.note_differences(volume);
+            if let Some((sector, a, b)) = self.first_difference(volume) {
                 let text = format!(
                     "both in sync, but sector {sector} of volume {volume} is {a} on n0 and {b} on n1 (I2)"
                 );
@@ -463,8 +453,9 @@ impl World {
             return;
         }
         for volume in 0..self.volumes() {
+            self.note_changes(node, volume);
             let disk = self.nodes[node].disks[volume].sectors();
-            if let Some(wrong) = self.history.wrong(node, volume, 0, disk, self.now) {
+            if let Some(wrong) = self.history.wrong_now(node, volume, disk, self.now) {
                 return self.fail(format!("disk of n{node}: {wrong}"));
             }
         }
@@ -501,11 +492,53 @@ impl World {
         }
     }
 
-    fn unmarked_difference(&self, volume: usize) -> Option<usize> {
+    /// Takes over what changed on both disks, and keeps the blocks that differ, now or after a power cut.
+    fn note_differences(&mut self, volume: usize) {
+        let mut differing = std::mem::take(&mut self.oracle.differing[volume]);
+        for node in &mut self.nodes {
+            let uncompared = &mut node.disks[volume].uncompared;
+            differing.add(uncompared);
+            uncompared.0.fill(0);
+        }
         let disks = [0, 1].map(|node| &self.nodes[node].disks[volume]);
-        let now = disks.map(super::disk::Disk::sectors);
-        let stable = disks.map(super::disk::Disk::stable_sectors);
-        if now[0].len() != now[1].len() || (now[0] == now[1] && stable[0] == stable[1]) {
+        let [now, later] = [disks.map(|disk| disk.sectors()), disks.map(|disk| disk.stable_sectors())];
+        let size = now[0].len().min(now[1].len());
+        let same = |block: usize| {
+            let from = (block * SECTORS_PER_BLOCK).min(size);
+            let to = (from + SECTORS_PER_BLOCK).min(size);
+            now[0][from..to] == now[1][from..to] && later[0][from..to] == later[1][from..to]
+        };
+        differing.retain(|block| !same(block));
+        if self.history.compare && now[0].len() == now[1].len() {
+            for block in 0..size.div_ceil(SECTORS_PER_BLOCK) {
+                assert_eq!(
+                    same(block),
+                    !differing.has(block),
+                    "block {block} of volume {volume} was not looked at"
+                );
+            }
+        }
+        self.oracle.differing[volume] = differing;
+    }
+
+    /// First sector that differs now, and what both hold.
+    fn first_difference(&self, volume: usize) -> Option<(usize, u32, u32)> {
+        let [a, b] = [0, 1].map(|node| self.nodes[node].disks[volume].sectors());
+        self.oracle.differing[volume].iter().find_map(|block| {
+            let from = (block * SECTORS_PER_BLOCK).min(a.len());
+            let sectors = from..(from + SECTORS_PER_BLOCK).min(a.len());
+            let sector = sectors.into_iter().find(|sector| a.get(*sector) != b.get(*sector))?;
+            Some((sector, a[sector], b.get(sector).copied().unwrap_or(0)))
+        })
+    }
+
+    fn unmarked_difference(&mut self, volume: usize) -> Option<usize> {
+        self.note_differences(volume);
+        if self.oracle.differing[volume].is_empty() {
+            return None;
+        }
+        let disks = [0, 1].map(|node| &self.nodes[node].disks[volume]);
+        if disks[0].sectors().len() != disks[1].sectors().len() {
             return None;
         }
         let superblocks = [disks[0].meta.superblock()?, disks[1].meta.superblock()?];
@@ -522,13 +555,7 @@ impl World {
             return None;
         }
         let mut hot: Option<[Option<Vec<u32>>; 2]> = None;
-        let blocks = now[0].len().div_ceil(SECTORS_PER_BLOCK);
-        (0..blocks).find(|block| {
-            let from = block * SECTORS_PER_BLOCK;
-            let to = (from + SECTORS_PER_BLOCK).min(now[0].len());
-            if now[0][from..to] == now[1][from..to] && stable[0][from..to] == stable[1][from..to] {
-                return false;
-            }
+        self.oracle.differing[volume].iter().find(|block| {
             if disks.iter().any(|disk| disk.meta.is_marked(*block)) {
                 return false;
             }

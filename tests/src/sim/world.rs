@@ -42,6 +42,8 @@ pub struct Options {
     pub resource: ResourceOptions,
     /// Print every event.
     pub verbose: bool,
+    /// Look at whole disks too where only what changed is looked at, and compare the answers. Slow.
+    pub compare: bool,
     /// Both cores have this defect.
     pub planted: Option<Fault>,
 }
@@ -62,6 +64,7 @@ impl Options {
             volume,
             resource: ResourceOptions::default(),
             verbose,
+            compare: std::env::var_os("SIM_COMPARE").is_some(),
             planted: None,
         }
     }
@@ -205,11 +208,13 @@ impl World {
     pub fn new(options: Options) -> Self {
         let mut sizes = vec![options.sectors];
         sizes.extend(&options.more_volumes);
+        let mut history = History::new(&sizes, options.net.protocol);
+        history.compare = options.compare;
         Self {
             now: 0,
             rng: Rng::new(options.seed),
             nodes: [Node::new(0, &sizes), Node::new(1, &sizes)],
-            history: History::new(&sizes, options.net.protocol),
+            history,
             ids: Ids::default(),
             heap: BinaryHeap::new(),
             seq: 0,
