@@ -128,6 +128,16 @@ impl Disk {
         &self.stable
     }
 
+    /// Blocks with something in the cache.
+    #[must_use]
+    pub fn volatile(&self) -> Blocks {
+        let mut blocks = Blocks::none(self.now.len() as u64);
+        for write in &self.unflushed {
+            blocks.set_sectors(write.start, write.content.len());
+        }
+        blocks
+    }
+
     /// Sectors of a range as a read sees them.
     #[must_use]
     pub fn read(&self, range: BlockRange) -> Vec<u32> {

@@ -207,8 +207,10 @@ impl History {
             }
         }
         record.joined = true;
+        let binds = record.fate.map(|fate| fate.replaces != NEVER);
         self.records.push(record);
-        for view in 0..2 {
+        self.unjoin(number);
+        for view in (0..2).filter(|view| binds[*view]) {
             self.ask_again(number, view);
         }
         number
@@ -469,13 +471,14 @@ impl History {
     }
 
     /// Forgets what can never be seen again: both disks hold the same, stable, and nothing is in flight.
-    pub fn prune(&mut self, volume: usize, stable: [&[u32]; 2]) {
+    /// `volatile`: blocks in which a power cut may bring back something older.
+    pub fn prune(&mut self, volume: usize, stable: [&[u32]; 2], volatile: &Blocks) {
         let mut crowded = std::mem::take(&mut self.crowded[volume]);
         crowded.retain(|block| {
             let (from, to) = sectors_of(block, self.sectors[volume].len());
             let mut left = false;
             for sector in from..to {
-                self.prune_sector(volume, sector, stable);
+                self.prune_sector(volume, sector, stable, !volatile.has(block));
                 left |= self.sectors[volume][sector].len() > 1;
             }
             left
@@ -483,19 +486,35 @@ impl History {
         self.crowded[volume] = crowded;
     }
 
-    fn prune_sector(&mut self, volume: usize, sector: usize, stable: [&[u32]; 2]) {
+    fn prune_sector(&mut self, volume: usize, sector: usize, stable: [&[u32]; 2], settled: bool) {
         let list = &mut self.sectors[volume][sector];
         let value = stable[0][sector];
-        // Of several writes of zeroes nobody knows which one is there.
-        if list.len() < 2 || stable[1][sector] != value || value == 0 {
+        if list.len() < 2 || stable[1][sector] != value || (value == 0 && !settled) {
             return;
         }
         let records = &self.records;
-        let holder = list.iter().map(|number| &records[*number as usize]).find(|r| r.value == value);
-        if let Some(issued) = holder.map(|r| r.issued) {
+        let known = list.iter().map(|number| &records[*number as usize]);
+        let issued = if value != 0 {
+            known.filter(|r| r.value == value).map(|r| r.issued).next()
+        } else {
+            // Of several writes of zeroes nobody knows which one is there: the oldest that may be.
+            let replaced = |end: u64, view: usize| {
+                list.iter().any(|number| {
+                    let r = &records[*number as usize];
+                    r.issued > end && r.fate[view].replaces != NEVER
+                })
+            };
+            let possible = |r: &Record| (0..2).any(|view| !replaced(r.fate[view].end, view));
+            if possible(&records[0]) {
+                None
+            } else {
+                known.filter(|r| r.value == 0 && possible(r)).map(|r| r.issued).min()
+            }
+        };
+        if let Some(issued) = issued {
             list.retain(|number| {
                 let r = &records[*number as usize];
-                r.value == value || r.fate.iter().any(|fate| fate.end >= issued)
+                (value != 0 && r.value == value) || r.fate.iter().any(|fate| fate.end >= issued)
             });
         }
     }
@@ -547,32 +566,33 @@ impl History {
             if *value == 0 && self.sectors[volume][sector].is_empty() {
                 return None;
             }
+            if offset > 0 && data[offset - 1] == *value && self.is_like_before(volume, sector) {
+                return None;
+            }
             self.candidate(view, volume, sector, *value, asked).err()?;
             Some(self.explain(view, volume, sector, *value, asked))
         })
     }
 
-    /// The same of a whole disk, where anything has changed since the last time.
+    /// The same of a whole disk as it is now, where anything has changed since the last time.
     ///
     /// # Panics
     /// [`Self::compare`] is set, and the whole disk gives another answer.
     pub fn wrong_now(&mut self, view: usize, volume: usize, disk: &[u32], now: u64) -> Option<String> {
         let mut unsure = std::mem::take(&mut self.unsure[view][view][volume]);
         let mut wrong = None;
-        let asked = unsure.clone();
-        for block in asked.iter() {
+        // What was acked at this very moment binds, too: the disk is looked at after it.
+        let asked = now + 1;
+        unsure.retain(|block| {
             let (from, to) = sectors_of(block, disk.len());
-            wrong = self.wrong(view, volume, from, &disk[from..to], now);
-            if wrong.is_some() {
-                break;
+            if wrong.is_none() {
+                wrong = self.wrong(view, volume, from, &disk[from..to], asked);
             }
-            if (from..to).all(|sector| self.is_old(view, volume, sector, now)) {
-                unsure.clear(block);
-            }
-        }
+            wrong.is_some()
+        });
         self.unsure[view][view][volume] = unsure;
         if self.compare {
-            let full = self.wrong(view, volume, 0, disk, now);
+            let full = self.wrong(view, volume, 0, disk, asked);
             assert_eq!(wrong, full, "what changed, and the whole disk of n{view}, volume {volume}");
         }
         wrong
@@ -584,6 +604,11 @@ impl History {
             let replaces = self.records[*number as usize].fate[view].replaces;
             replaces < asked || replaces == NEVER
         })
+    }
+
+    /// The sector before has the same records: of the same content there is nothing else to say.
+    fn is_like_before(&self, volume: usize, sector: usize) -> bool {
+        self.sectors[volume][sector] == self.sectors[volume][sector - 1]
     }
 
     fn explain(&self, view: usize, volume: usize, sector: usize, value: u32, asked: u64) -> String {
@@ -728,6 +753,9 @@ impl History {
                 if self.sectors[volume][sector].is_empty() {
                     // Nobody wrote here; what else may be there is for those who look at all sectors.
                     sure &= *value == 0;
+                    continue;
+                }
+                if sector > from && disk[sector - 1] == *value && self.is_like_before(volume, sector) {
                     continue;
                 }
                 match self.candidate(view, volume, sector, *value, now) {

@@ -36,6 +36,8 @@ pub struct MetaArea {
     bitmap: Vec<u64>,
     unreadable_superblock: bool,
     unreadable_pages: Vec<usize>,
+    /// What the log says, if that was asked since the log or the superblock last changed.
+    hot: std::cell::OnceCell<Option<Vec<u32>>>,
     /// Something was damaged and not written since.
     pub damaged: bool,
     /// In place of all this: on devices that can grow.
@@ -79,6 +81,7 @@ impl MetaArea {
             bitmap: vec![u64::MAX; words],
             unreadable_superblock: false,
             unreadable_pages: Vec::new(),
+            hot: std::cell::OnceCell::new(),
             damaged: false,
             real: None,
             layout,
@@ -90,6 +93,12 @@ impl MetaArea {
         &mut self.ring[at..at + BLOCK_BYTES]
     }
 
+    fn forget_hot(&mut self, write: &MetaWrite) {
+        if !matches!(write, MetaWrite::Bitmap(_)) {
+            self.hot.take();
+        }
+    }
+
     /// A write is durable.
     ///
     /// # Panics
@@ -98,6 +107,7 @@ impl MetaArea {
         if let Some(area) = &mut self.real {
             return area.apply(write);
         }
+        self.forget_hot(write);
         match write {
             MetaWrite::Superblock(superblock) => {
                 *self.superblock = superblock.encode();
@@ -130,6 +140,7 @@ impl MetaArea {
         if let Some(area) = &mut self.real {
             return area.maybe_apply(write, rng);
         }
+        self.forget_hot(write);
         match write {
             MetaWrite::Superblock(superblock) => {
                 tear(&mut self.superblock[..], &superblock.encode(), rng);
@@ -164,6 +175,7 @@ impl MetaArea {
 
     /// One block of the log rots; not the newest, whose damage looks like a write that was cut short.
     pub fn damage_log(&mut self, rng: &mut Rng) -> bool {
+        self.hot.take();
         for _ in 0..8 {
             let at = usize::try_from(rng.below(self.ring.len() as u64)).unwrap_or(0);
             let bit = 1 << rng.below(8);
@@ -185,7 +197,8 @@ impl MetaArea {
     }
 
     /// The superblock cannot be read.
-    pub const fn damage_superblock(&mut self) {
+    pub fn damage_superblock(&mut self) {
+        self.hot.take();
         self.unreadable_superblock = true;
         self.damaged = true;
     }
@@ -215,6 +228,7 @@ impl MetaArea {
     /// Changes the superblock by hand, as an operator's tool might.
     pub fn edit_superblock(&mut self, change: impl FnOnce(&mut Superblock)) {
         if let Some(mut superblock) = self.superblock() {
+            self.hot.take();
             change(&mut superblock);
             *self.superblock = superblock.encode();
         }
@@ -242,7 +256,14 @@ impl MetaArea {
 
     /// The extents an attach would take as changed; `None` = all of them.
     #[must_use]
-    pub fn hot_extents(&self) -> Option<Vec<u32>> {
+    pub fn hot_extents(&self) -> Option<&[u32]> {
+        if self.real.is_some() {
+            return None;
+        }
+        self.hot.get_or_init(|| self.read_hot_extents()).as_deref()
+    }
+
+    fn read_hot_extents(&self) -> Option<Vec<u32>> {
         let superblock = self.superblock()?;
         if superblock.flags & (flags::PRIMARY_IND | flags::CRASHED_PRIMARY) == 0 || superblock.is_clean() {
             return Some(Vec::new());

@@ -256,7 +256,7 @@ impl World {
         match meta.hot_extents() {
             Some(extents) => {
                 for extent in extents {
-                    let first = u64::from(extent) * BITS_PER_AL_EXTENT;
+                    let first = u64::from(*extent) * BITS_PER_AL_EXTENT;
                     for block in first..first + BITS_PER_AL_EXTENT {
                         touched.set(usize::try_from(block).unwrap_or(usize::MAX));
                     }
@@ -435,8 +435,10 @@ impl World {
         }
         self.history.join_views();
         for volume in 0..self.volumes() {
-            let stable = [0, 1].map(|node| self.nodes[node].disks[volume].stable_sectors());
-            self.history.prune(volume, stable);
+            let disks = [0, 1].map(|node| &self.nodes[node].disks[volume]);
+            let mut volatile = disks[0].volatile();
+            volatile.add(&disks[1].volatile());
+            self.history.prune(volume, disks.map(super::disk::Disk::stable_sectors), &volatile);
         }
         for blocks in &mut self.oracle.touched {
             blocks.0.fill(0);
@@ -495,11 +497,10 @@ impl World {
     /// Takes over what changed on both disks, and keeps the blocks that differ, now or after a power cut.
     fn note_differences(&mut self, volume: usize) {
         let mut differing = std::mem::take(&mut self.oracle.differing[volume]);
-        for node in &mut self.nodes {
-            let uncompared = &mut node.disks[volume].uncompared;
-            differing.add(uncompared);
-            uncompared.0.fill(0);
-        }
+        let mut uncompared = std::mem::take(&mut self.nodes[0].disks[volume].uncompared);
+        let other = &mut self.nodes[1].disks[volume].uncompared;
+        uncompared.add(other);
+        other.0.fill(0);
         let disks = [0, 1].map(|node| &self.nodes[node].disks[volume]);
         let [now, later] = [disks.map(|disk| disk.sectors()), disks.map(|disk| disk.stable_sectors())];
         let size = now[0].len().min(now[1].len());
@@ -508,7 +509,14 @@ impl World {
             let to = (from + SECTORS_PER_BLOCK).min(size);
             now[0][from..to] == now[1][from..to] && later[0][from..to] == later[1][from..to]
         };
-        differing.retain(|block| !same(block));
+        uncompared.retain(|block| {
+            if same(block) {
+                differing.clear(block);
+            } else {
+                differing.set(block);
+            }
+            false
+        });
         if self.history.compare && now[0].len() == now[1].len() {
             for block in 0..size.div_ceil(SECTORS_PER_BLOCK) {
                 assert_eq!(
@@ -519,6 +527,7 @@ impl World {
             }
         }
         self.oracle.differing[volume] = differing;
+        self.nodes[0].disks[volume].uncompared = uncompared;
     }
 
     /// First sector that differs now, and what both hold.
@@ -554,7 +563,7 @@ impl World {
         if fresh(current[0]) || fresh(current[1]) || !described || everything {
             return None;
         }
-        let mut hot: Option<[Option<Vec<u32>>; 2]> = None;
+        let mut hot: Option<[Option<&[u32]>; 2]> = None;
         self.oracle.differing[volume].iter().find(|block| {
             if disks.iter().any(|disk| disk.meta.is_marked(*block)) {
                 return false;
