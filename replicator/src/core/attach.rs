@@ -17,9 +17,8 @@ use super::transfer_log::EpochNr;
 use super::uuid::{UuidSet, masked};
 use super::verbs::refusal;
 use super::{Reply, Resource};
-use crate::core::config::OnIoError;
 use crate::meta::{Attached, flags};
-use crate::units::{BITS_PER_AL_EXTENT, BlockRange, SECTORS_PER_AL_EXTENT, SECTORS_PER_BIT, SectorCount};
+use crate::units::{BITS_PER_AL_EXTENT, SECTORS_PER_AL_EXTENT, SECTORS_PER_BIT, SectorCount};
 
 /// A procedure on the backing disk of one volume.
 #[derive(Debug)]
@@ -370,7 +369,7 @@ impl Resource {
             return self.reply(reply, Err(refused));
         }
         if force {
-            self.fail_disk(volume, "detach --force", None);
+            self.give_up_disk(volume, "detach --force", None);
             match &mut self.devices[volume].procedure {
                 Some(DiskProcedure::Failing { reply: slot }) => *slot = Some(reply),
                 _ => self.reply(reply, Ok(())),
@@ -378,6 +377,7 @@ impl Resource {
             return;
         }
         self.devices[volume].went_on_at_peer = None;
+        self.devices[volume].untold_loss |= self.devices[volume].repair.is_some();
         let drain_through = self.close_epoch();
         self.devices[volume].procedure =
             Some(DiskProcedure::Detach { reply, step: DetachStep::Drain, drain_through });
@@ -408,7 +408,9 @@ impl Resource {
                 self.finish_attach(volume);
             }
             Some(DiskProcedure::Detach { step: DetachStep::Close, .. }) if idle => self.finish_detach(volume),
-            Some(DiskProcedure::Failing { .. }) if idle => {
+            Some(DiskProcedure::Failing { .. })
+                if idle && self.devices[volume].io_error_handler.is_none() =>
+            {
                 if let Some(DiskProcedure::Failing { reply }) = self.devices[volume].procedure.take() {
                     self.release_disk(volume);
                     if let Some(reply) = reply {
@@ -461,48 +463,23 @@ impl Resource {
         self.handshake_try_send();
     }
 
-    /// A data IO failed: what `on-io-error` says (SEM §21).
-    pub(super) fn on_local_io_error(
-        &mut self,
-        volume: usize,
-        what: &str,
-        range: Option<BlockRange>,
-        error: IoError,
-    ) {
-        let device = &mut self.devices[volume];
-        if matches!(device.disk, DiskState::Failed | DiskState::Diskless) {
-            return;
-        }
-        if let Some(range) = range {
-            device.mark(range);
-        }
-        match device.cfg.on_io_error {
-            OnIoError::PassOn => {
-                let nr = device.nr;
-                let worse = device.disk > DiskState::Inconsistent && device.disk != DiskState::Detaching;
-                self.note(
-                    Severity::Error,
-                    format!("volume {}: {what} failed ({error:?}); passed on as configured", nr.0),
-                );
-                if worse {
-                    self.set_disk(volume, DiskState::Inconsistent);
-                    if self.handshake_running() {
-                        self.drop_session(
-                            ConnState::NetworkFailure,
-                            "the local disk failed during the handshake",
-                        );
-                    }
-                }
-            }
-            OnIoError::Detach | OnIoError::CallLocalIoError => self.fail_disk(volume, what, Some(error)),
+    /// The own disk failed: with `call-local-io-error` the operator's program is run first (SEM §21).
+    pub(super) fn fail_disk(&mut self, volume: usize, why: &str, error: Option<IoError>) {
+        if !matches!(self.devices[volume].disk, DiskState::Failed | DiskState::Diskless) {
+            self.run_local_io_error(volume);
+            self.give_up_disk(volume, why, error);
         }
     }
 
     /// The own disk cannot be used any more.
-    pub(super) fn fail_disk(&mut self, volume: usize, why: &str, error: Option<IoError>) {
+    fn give_up_disk(&mut self, volume: usize, why: &str, error: Option<IoError>) {
         if matches!(self.devices[volume].disk, DiskState::Failed | DiskState::Diskless) {
             return;
         }
+        self.devices[volume].repair = None;
+        self.devices[volume].untold_loss |= self.md_primary
+            && self.devices[volume].disk == DiskState::UpToDate
+            && self.devices[volume].peer_readable();
         let nr = self.devices[volume].nr;
         let detail = error.map(|error| format!(" ({error:?})")).unwrap_or_default();
         self.note(Severity::Error, format!("volume {}: {why}{detail}; the disk is detached", nr.0));
@@ -573,6 +550,8 @@ impl Resource {
         }
         if new == DiskState::UpToDate {
             device.missed_writes = false;
+            device.untold_loss = false;
+            device.retry = super::repair::Retry::default();
         }
         let nr = device.nr;
         self.event(Event::Disk(nr, old, new));

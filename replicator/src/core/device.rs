@@ -6,8 +6,10 @@ use crate::core::activity_log::ActivityLog;
 use crate::core::attach::DiskProcedure;
 use crate::core::bitmap::Bitmap;
 use crate::core::config::VolumeConfig;
+use crate::core::event::HandlerToken;
 use crate::core::interval::IntervalLocks;
 use crate::core::metadata::{AlStep, BitmapJob, SuperblockThen};
+use crate::core::repair::{Repair, Retry};
 use crate::core::resync::{Foreground, OvCheck, OvRead, Pauses, Resync, RsRead, RsWrite, Verify};
 use crate::core::state::{DiskState, ReplState};
 use crate::core::uuid::UuidSet;
@@ -133,6 +135,14 @@ pub(super) struct Device {
     /// Where an interrupted verify goes on, sectors.
     pub(super) verify_from: u64,
     pub(super) procedure: Option<DiskProcedure>,
+    /// UpToDate but for blocks that failed.
+    pub(super) repair: Option<Repair>,
+    /// When an Inconsistent disk asks to be repaired (again).
+    pub(super) retry: Retry,
+    /// This Primary's disk is gone and the peer has not said that it knows.
+    pub(super) untold_loss: bool,
+    /// The operator's program that is run before anybody hears of the failed disk.
+    pub(super) io_error_handler: Option<HandlerToken>,
     /// An ATTACH phase with the peer is running.
     pub(super) negotiating: bool,
     pub(super) counters: Counters,
@@ -198,6 +208,10 @@ impl Device {
             verify_wanted: None,
             verify_from: 0,
             procedure: None,
+            repair: None,
+            retry: Retry::default(),
+            untold_loss: false,
+            io_error_handler: None,
             negotiating: false,
             counters: Counters::default(),
         }
@@ -226,7 +240,7 @@ impl Device {
     /// Whether `range` of the own disk may be shown to the application.
     pub(super) fn readable(&self, range: BlockRange) -> bool {
         match self.disk {
-            DiskState::UpToDate => true,
+            DiskState::UpToDate => self.intact(range),
             // Blocks already proven equal to the peer's, while a resync runs (I7).
             DiskState::Inconsistent => {
                 self.peer_disk == DiskState::UpToDate

@@ -18,6 +18,8 @@ pub(super) enum Purpose {
     Fence,
     /// The resync of this volume starts if the answer allows it.
     BeforeResync(usize),
+    /// The disk of this volume failed; nobody is told before the answer.
+    LocalIoError(usize),
 }
 
 /// The handlers that run.
@@ -58,6 +60,7 @@ impl Resource {
         match purpose {
             Purpose::Notice => {}
             Purpose::Fence => self.on_fence_answer(token, exit_code),
+            Purpose::LocalIoError(volume) => self.local_io_error_handled(volume, token),
             Purpose::BeforeResync(volume) => self.before_resync_answered(volume, token, exit_code),
         }
     }

@@ -12,10 +12,10 @@ use super::event::{Event, HandlerName, Payload, Severity};
 use super::explain::Decision;
 use super::fault::Fault;
 use super::handlers::Purpose;
-use super::metadata::BitmapThen;
+use super::metadata::{BitmapThen, SuperblockThen};
 use super::policy::{Decided, Obstacle, Outcome, Policies, Reason, decide};
 use super::state::{ConnState, DiskState, ReplState, Role};
-use super::uuid::UuidSet;
+use super::uuid::{UuidSet, masked};
 use super::{Resource, config};
 use crate::units::SectorCount;
 use lockstep_proto::v1::volume_info::Phase;
@@ -324,6 +324,12 @@ impl Resource {
                     }
                 } else if self.devices[volume].disk == DiskState::Detaching {
                     self.devices[volume].went_on_at_peer = Some(info.uuid_current);
+                }
+                let newer = masked(info.uuid_current) != masked(self.devices[volume].uuids.current);
+                if self.devices[volume].untold_loss && (newer || info.uuid_bitmap != 0) {
+                    // It goes on under a generation that this disk does not have.
+                    self.devices[volume].untold_loss = false;
+                    self.retry_held(volume);
                 }
             }
             Phase::Attach => {
@@ -726,7 +732,7 @@ impl Resource {
             .iter()
             .map(|device| v1::VolumeState {
                 volume: u32::from(device.nr.0),
-                disk_state: device.disk.to_wire(),
+                disk_state: device.told_disk().to_wire(),
                 sync_paused: device.pauses.own(),
             })
             .collect();
@@ -780,6 +786,9 @@ impl Resource {
         let serves = for_peer && device.peer_disk == DiskState::Attaching;
         if (alone || serves) && device.uuids.bitmap == 0 && device.disk == DiskState::UpToDate {
             self.bump_uuid(volume, true);
+        } else if gone && for_peer && device.disk == DiskState::UpToDate {
+            // It holds answers back until it hears that this copy counts alone.
+            self.md_then(volume, SuperblockThen::TellPeer);
         }
         self.try_complete_flushes();
     }

@@ -211,7 +211,14 @@ impl Resource {
                 self.new_generation_if_alone(volume);
             }
         }
+        for volume in 0..self.devices.len() {
+            let device = &mut self.devices[volume];
+            if device.repair.take().is_some() | std::mem::take(&mut device.untold_loss) {
+                self.distrust_held(volume);
+            }
+        }
         self.fail_peer_legs(ended.peer_life);
+        (0..self.devices.len()).for_each(|volume| self.retry_held(volume));
         self.abort_receive();
         self.role_session_lost();
         self.resize_session_lost();
@@ -375,7 +382,7 @@ impl Resource {
         }) {
             Some(volume) => match reply {
                 Reply::Admin(id) => self.md_then(volume, super::metadata::SuperblockThen::Reply(id)),
-                Reply::Internal => {}
+                Reply::Internal | Reply::Nobody => {}
             },
             None => self.reply(reply, Ok(())),
         }

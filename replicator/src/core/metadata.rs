@@ -62,6 +62,8 @@ pub(super) enum SuperblockThen {
     Reply(super::event::AdminId),
     /// Answer this question of the peer.
     AnswerPeer(u64),
+    /// Tell the peer the identifiers.
+    TellPeer,
 }
 
 /// What goes on once a bitmap job is done.
@@ -283,6 +285,7 @@ impl Resource {
             SuperblockThen::FullSyncRecorded => self.full_sync_recorded(volume),
             SuperblockThen::Reply(id) => self.reply(super::Reply::Admin(id), Ok(())),
             SuperblockThen::AnswerPeer(id) => self.answer_peer(id),
+            SuperblockThen::TellPeer => self.send_volume_update(volume),
         }
     }
 

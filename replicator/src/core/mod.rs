@@ -11,6 +11,7 @@
 //! | `transfer_log.rs` | epochs and what is still unacknowledged |
 //! | `metadata.rs` | what is written to the metadata area, in which order |
 //! | `attach.rs` | taking and leaving a backing disk, disk failure |
+//! | `repair.rs` | a failed IO of a disk that is kept, and how it gets well |
 //! | `link.rs` | the connection: up, alive, lost |
 //! | `options.rs` | options changed while it runs |
 //! | `resize.rs` | another size, metadata at another place |
@@ -46,6 +47,7 @@ mod metadata;
 mod options;
 mod peer_request;
 pub mod policy;
+mod repair;
 mod report;
 mod request;
 pub mod resize;
@@ -111,6 +113,8 @@ enum Reply {
     Admin(AdminId),
     /// A step of a larger verb.
     Internal,
+    /// The core itself wanted it.
+    Nobody,
 }
 
 /// One resource on one node. Methods come in four kinds: [`Resource::status`] and other getters,
@@ -295,6 +299,8 @@ impl Resource {
             Timer::IdleBarrier => self.send_barriers(),
             Timer::Resync => self.on_resync_tick(),
             Timer::SuspendLease => self.on_suspend_lease(),
+            // `progress` looks at every volume.
+            Timer::Repair => {}
         }
     }
 
@@ -305,6 +311,7 @@ impl Resource {
             if self.devices[volume].procedure.is_some() {
                 self.progress_disk(volume);
             }
+            self.progress_repair(volume);
         }
         self.progress_down();
         self.progress_fencing();

@@ -9,6 +9,7 @@ use super::device::AlUser;
 use super::event::{BufferId, Digest, DiskOk, DiskOp, IoError, Output, Payload, SessionId};
 use super::fault::Fault;
 use super::interval::LockOwner;
+use super::repair::FailedIo;
 use super::request::range_of;
 use super::state::{DiskState, ReplState};
 use super::{IoContext, Resource};
@@ -329,7 +330,9 @@ impl Resource {
             }
             Err(error) => {
                 if error != IoError::Aborted {
-                    self.on_local_io_error(volume, "a mirrored write to the local disk", Some(range), error);
+                    self.devices[volume].mark(range);
+                    let io = FailedIo::Write;
+                    self.on_local_io_error(volume, "a mirrored write to the local disk", io, range, error);
                 }
                 if current {
                     let ack = self.block_ack(key, false);
@@ -521,7 +524,8 @@ impl Resource {
             return self.protocol_error("a read outside the volume");
         };
         let Some(session) = self.session.as_ref().map(|session| session.id) else { return };
-        if self.devices[volume].disk == DiskState::UpToDate {
+        let device = &self.devices[volume];
+        if device.disk == DiskState::UpToDate && device.intact(range) {
             let context = IoContext::RemoteRead { volume, session, request: header.request, range };
             self.submit_io(volume, DiskOp::Read, Some(range), false, None, context);
             self.remote_reads.push((header.request, range));
@@ -569,7 +573,7 @@ impl Resource {
                 self.send(Message::NegDReply(ack), Payload::None);
             }
             Err(error) => {
-                self.on_local_io_error(volume, "a read for the peer", Some(range), error);
+                self.on_local_io_error(volume, "a read for the peer", FailedIo::Read, range, error);
                 let ack = self.read_ack(volume, range, request);
                 self.send(Message::NegDReply(ack), Payload::None);
             }

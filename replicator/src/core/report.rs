@@ -187,6 +187,7 @@ impl Resource {
                 }
                 None => {}
             }
+            waits.extend(self.repair_wait(device, now));
             if device.uuid_gate.is_some() {
                 waits.push(format!("volume {nr}: the new generation identifier to be durable"));
             }

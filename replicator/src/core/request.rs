@@ -19,6 +19,7 @@ use super::event::{
 };
 use super::fault::Fault;
 use super::interval::LockOwner;
+use super::repair::FailedIo;
 use super::state::{DiskState, ReplState, Role};
 use super::timer::Timer;
 use super::transfer_log::EpochNr;
@@ -101,6 +102,13 @@ impl Request {
     /// A write that was handed out and is not through.
     pub(super) fn is_begun_write(&self) -> bool {
         self.op != RequestOp::Read && self.submitted && !self.completed
+    }
+
+    /// What only the peer has of it does not count.
+    pub(super) fn distrust_peer(&mut self) {
+        if self.local != Leg::Ok && self.peer == Leg::Ok {
+            self.peer = Leg::Failed;
+        }
     }
 
     /// Something of it is at the peer and unanswered.
@@ -397,7 +405,8 @@ impl Resource {
                 if !self.planted(Fault::LocalErrorNotMarked) {
                     self.devices[volume].mark(range);
                 }
-                self.on_local_io_error(volume, "a write to the local disk", None, error);
+                let io = FailedIo::Write;
+                self.on_local_io_error(volume, "a write to the local disk", io, range, error);
             }
         }
         // Failing the disk may have finished it already.
@@ -487,7 +496,9 @@ impl Resource {
                 // "Sent" proves nothing. Without a good local copy wait for the barrier ack: the next read
                 // goes to the peer.
                 Leg::Sent => {
-                    request.local == Leg::Ok && self.devices[request.volume].disk == DiskState::UpToDate
+                    let device = &self.devices[request.volume];
+                    let vouches = device.disk == DiskState::UpToDate && device.repair.is_none();
+                    request.local == Leg::Ok && vouches
                 }
                 Leg::None | Leg::Ok | Leg::Failed => true,
             };
@@ -529,13 +540,21 @@ impl Resource {
             // Nor one that is on its way out: newer writes may be at the peer only, and both would differ.
             let good_local = device.disk == DiskState::UpToDate;
             let request = &self.requests[key];
-            let good =
-                (request.local == Leg::Ok && good_local) || matches!(request.peer, Leg::Ok | Leg::Sent);
+            // Nor the peer's, if it is the target of this node's data.
+            let good_peer = !matches!(device.peer_disk, DiskState::Inconsistent | DiskState::Outdated);
+            let good = (request.local == Leg::Ok && good_local)
+                || (matches!(request.peer, Leg::Ok | Leg::Sent) && good_peer);
             if !good && self.waits_for_data(volume) {
                 self.requests[key].again = true;
                 return;
             }
             let at_peer_only = good && request.local != Leg::Ok && request.op != RequestOp::Read;
+            if at_peer_only && self.degradation_unknown(volume) {
+                if !self.devices[volume].gated.contains(&key) {
+                    self.devices[volume].gated.push(key);
+                }
+                return;
+            }
             self.devices[volume].missed_writes |= at_peer_only;
             self.complete_request(key, if good { Ok(()) } else { Err(RequestError::Io) });
         }
@@ -894,7 +913,8 @@ impl Resource {
             }
             Err(error) => {
                 self.requests[key].local = Leg::Failed;
-                self.on_local_io_error(volume, "a read from the local disk", Some(range), error);
+                let io = FailedIo::Read;
+                self.on_local_io_error(volume, "a read from the local disk", io, range, error);
                 self.retry_read(key);
             }
         }

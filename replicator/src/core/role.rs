@@ -473,6 +473,11 @@ impl Resource {
         self.asked.push(Asked { id, reply, volume, kind, uuid });
     }
 
+    /// The peer was asked for a change of this volume and has not answered.
+    pub(super) fn asks_for_change(&self, volume: usize) -> bool {
+        self.asked.iter().any(|asked| asked.volume == volume)
+    }
+
     pub(super) fn on_state_request(&mut self, request: &v1::StateRequest) {
         let kind = request.kind();
         if matches!(kind, Kind::ResizeAsk | Kind::ResizeCommit) {
@@ -491,6 +496,7 @@ impl Resource {
         if answer.is_ok()
             && let Some(volume) = self.wire_device(request.volume)
         {
+            self.cancel_repair(volume);
             match request.kind() {
                 Kind::Promote | Kind::Detach | Kind::ResizeAsk | Kind::ResizeCommit | Kind::Outdate => {}
                 Kind::StartFullSyncAsTarget => self.begin_resync(volume, true, true, DiskState::Inconsistent),
@@ -549,6 +555,10 @@ impl Resource {
         let device = &self.devices[volume];
         if device.repl != ReplState::Established || device.resync.is_some() || device.procedure.is_some() {
             return Err(refusal(-8, "Can not start OV/resync since it is already active", Vec::new(), ""));
+        }
+        if device.negotiating || self.repair_goes_first(volume) {
+            let facts = vec!["another change of this volume is on its way there".into()];
+            return Err(refusal(-18, "In transient state, retry after next state change", facts, ""));
         }
         match kind {
             Kind::StartFullSyncAsTarget | Kind::StartSyncAsTarget | Kind::StartVerify
@@ -612,7 +622,11 @@ impl Resource {
             return self.protocol_error("an answer to a question nobody asked");
         };
         let asked = self.asked.remove(at);
+        let repair = asked.reply == Reply::Nobody;
         if let Some(refused) = refused {
+            if repair {
+                self.repair_refused(asked.volume);
+            }
             return self.reply(asked.reply, Err(refused));
         }
         if asked.kind == Kind::Outdate {
@@ -620,6 +634,8 @@ impl Resource {
         }
         let device = &self.devices[asked.volume];
         let fits = match asked.kind {
+            // An application on this node is served by the peer meanwhile.
+            Kind::StartSyncAsTarget if repair => true,
             Kind::StartFullSyncAsTarget | Kind::StartSyncAsTarget => {
                 self.role != Role::Primary && self.role_change.is_none()
             }
@@ -644,7 +660,11 @@ impl Resource {
         }
         match asked.kind {
             Kind::StartFullSyncAsTarget => self.begin_resync(asked.volume, false, true, DiskState::UpToDate),
-            Kind::StartSyncAsTarget => self.begin_resync(asked.volume, false, false, DiskState::UpToDate),
+            Kind::StartSyncAsTarget => {
+                self.repair_begins(asked.volume);
+                self.begin_resync(asked.volume, false, false, DiskState::UpToDate);
+                self.gate_degradation(asked.volume);
+            }
             Kind::StartSyncAsSource => {
                 self.begin_resync(asked.volume, true, false, DiskState::Inconsistent);
             }

@@ -28,6 +28,8 @@ timers! {
     Resync,
     /// `suspend-io` was not renewed.
     SuspendLease,
+    /// A repair may be tried again.
+    Repair,
 }
 
 /// When each timer fires.
@@ -45,6 +47,12 @@ impl Timers {
     /// Fires at `at` unless it is already set.
     pub fn set_if_idle(&mut self, timer: Timer, at: Time) {
         self.due[timer as usize].get_or_insert(at);
+    }
+
+    /// Fires at `at`, or before if it was to.
+    pub fn bring_forward(&mut self, timer: Timer, at: Time) {
+        let due = &mut self.due[timer as usize];
+        *due = Some(due.map_or(at, |set| set.min(at)));
     }
 
     /// Does not fire.

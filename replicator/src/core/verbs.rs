@@ -149,6 +149,7 @@ impl Resource {
                     self.out.push_back(Output::AdminReply { id: down.reply, result: Err(refused) });
                 }
             }
+            Reply::Nobody => {}
         }
     }
 
@@ -214,7 +215,7 @@ impl Resource {
         self.write_bitmap(volume, BitmapThen::FullSync);
         match reply {
             Reply::Admin(id) => self.md_then(volume, SuperblockThen::Reply(id)),
-            Reply::Internal => {}
+            Reply::Internal | Reply::Nobody => {}
         }
     }
 

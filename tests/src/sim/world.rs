@@ -618,6 +618,10 @@ impl World {
         let mut result = Ok(DiskOk::default());
         if self.io_fails(node, volume, &io) {
             self.trace(|| format!("n{node} disk io {id} fails"));
+            if let (Some(range), false) = (io.range, write) {
+                // What cannot be read may be copied from the other node.
+                self.oracle.touch(volume, range);
+            }
             if let (Some(range), true) = (io.range, write) {
                 self.nodes[node].disks[volume].maybe_write(range, &content, &mut self.rng);
             }

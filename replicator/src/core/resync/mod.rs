@@ -60,6 +60,8 @@ pub(in crate::core) struct Resync {
     pub(in crate::core) started: Time,
     pub(in crate::core) bits_total: u64,
     pub(in crate::core) bits_failed: u64,
+    /// Target: blocks of requests that failed as a whole; each is tried by itself.
+    fine: std::ops::Range<u64>,
     /// Own bits are complete (full: set and durable) and were sent.
     sent_last: bool,
     peer_sent_last: bool,
@@ -185,6 +187,7 @@ impl Resource {
             started: self.now,
             bits_total: 0,
             bits_failed: 0,
+            fine: 0..0,
             sent_last: false,
             peer_sent_last: false,
             union_durable: false,

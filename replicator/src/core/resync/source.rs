@@ -5,6 +5,7 @@ use crate::core::event::{Digest, DiskOk, DiskOp, IoError, Output, Payload, Sever
 use crate::core::fault::Fault;
 use crate::core::interval::LockOwner;
 use crate::core::metadata::{BitmapThen, SuperblockThen};
+use crate::core::repair::FailedIo;
 use crate::core::request::range_of;
 use crate::core::state::{ConnState, DiskState, ReplState};
 use crate::core::{IoContext, Resource};
@@ -161,7 +162,13 @@ impl Resource {
                 }
                 self.devices[volume].rs_reads.remove(key);
                 self.unlock(volume, range, LockOwner::ResyncSource(key));
-                self.on_local_io_error(volume, "a resync read from the local disk", Some(range), error);
+                self.on_local_io_error(
+                    volume,
+                    "a resync read from the local disk",
+                    FailedIo::Read,
+                    range,
+                    error,
+                );
                 return;
             }
         }
@@ -263,6 +270,13 @@ impl Resource {
     pub(in crate::core) fn source_bitmap_durable(&mut self, volume: usize) {
         if !self.devices[volume].resync.as_ref().is_some_and(|resync| resync.source && resync.peer_finished) {
             return;
+        }
+        if self.devices[volume].bitmap.count() != 0 {
+            // A write failed since on a disk that is kept: the copies are not equal.
+            return self.drop_session(
+                ConnState::NetworkFailure,
+                "a write failed at the end of the resync; starting over",
+            );
         }
         self.devices[volume].uuids.clear_bitmap();
         self.devices[volume].crashed_primary = false;

@@ -5,6 +5,7 @@ use crate::core::event::{Digest, DiskOk, DiskOp, IoError, Output, Payload, Sever
 use crate::core::fault::Fault;
 use crate::core::interval::LockOwner;
 use crate::core::metadata::{BitmapThen, SuperblockThen};
+use crate::core::repair::FailedIo;
 use crate::core::request::range_of;
 use crate::core::state::{DiskState, ReplState};
 use crate::core::{IoContext, Resource};
@@ -122,6 +123,7 @@ impl Resource {
             let most = granularity.map_or(most, |sectors| most.min(sectors));
             // Natural alignment: a request never crosses a multiple of its largest power of two.
             let chunk = 1 << (most / SECTORS_PER_BIT).max(1).ilog2();
+            let chunk = if resync.fine.contains(&bit) { 1 } else { chunk };
             let limit = ((bit / chunk + 1) * chunk).min(bit + most / SECTORS_PER_BIT);
             let end = device.bitmap.run_end(bit, limit.max(bit + 1));
             let first = bit * SECTORS_PER_BIT;
@@ -186,7 +188,8 @@ impl Resource {
                 }
             }
             Err(error) => {
-                self.on_local_io_error(volume, "a resync read from the local disk", Some(range), error);
+                let io = FailedIo::Read;
+                self.on_local_io_error(volume, "a resync read from the local disk", io, range, error);
             }
         }
         let current = self.session.as_ref().is_some_and(|now| now.id == session)
@@ -420,7 +423,9 @@ impl Resource {
                     self.send(Message::NegRsDReply(ack), Payload::None);
                     self.resync_request_over(volume, &write);
                 }
-                self.on_local_io_error(volume, "a resync write to the local disk", Some(range), error);
+                self.devices[volume].mark(range);
+                let io = FailedIo::Write;
+                self.on_local_io_error(volume, "a resync write to the local disk", io, range, error);
                 self.count_failed(volume, range);
             }
         }
@@ -444,10 +449,20 @@ impl Resource {
         self.resync_target_go_on(volume);
     }
 
+    /// One bad block fails a whole request: its blocks are tried one by one, and counted then.
     fn count_failed(&mut self, volume: usize, range: BlockRange) {
-        if let Some(resync) = &mut self.devices[volume].resync {
-            resync.bits_failed += range.bits_touched().end - range.bits_touched().start;
+        let bits = range.bits_touched();
+        let Some(resync) = &mut self.devices[volume].resync else { return };
+        if bits.end - bits.start <= 1 {
+            resync.bits_failed += 1;
+            return;
         }
+        resync.cursor = resync.cursor.min(bits.start);
+        resync.fine = if resync.fine.is_empty() {
+            bits
+        } else {
+            resync.fine.start.min(bits.start)..resync.fine.end.max(bits.end)
+        };
     }
 
     /// No bit is left but failed ones.
@@ -505,7 +520,19 @@ impl Resource {
         if !self.devices[volume].resync.as_ref().is_some_and(|resync| !resync.source && resync.finishing) {
             return;
         }
-        let header = v1::ResyncFinished { volume: u32::from(self.devices[volume].nr.0), failed_bits: 0 };
+        // A mirrored write may have failed since, on a disk that is kept: not done after all.
+        let failed_bits = if self.planted(Fault::FinishNotAwaited) || self.planted(Fault::TargetEndsEarly) {
+            0
+        } else {
+            self.devices[volume].bitmap.count()
+        };
+        if failed_bits > 0 {
+            self.set_disk(volume, DiskState::Inconsistent);
+            if let Some(resync) = &mut self.devices[volume].resync {
+                resync.bits_failed = failed_bits;
+            }
+        }
+        let header = v1::ResyncFinished { volume: u32::from(self.devices[volume].nr.0), failed_bits };
         self.send(Message::ResyncFinished(header), Payload::None);
         self.end_resync(volume);
         self.send_state();

@@ -19,6 +19,7 @@ use crate::core::event::{
 use crate::core::handlers::Purpose;
 use crate::core::interval::LockOwner;
 use crate::core::metadata::BitmapThen;
+use crate::core::repair::FailedIo;
 use crate::core::request::range_of;
 use crate::core::state::{ConnState, DiskState, ReplState};
 use crate::core::timer::Timer;
@@ -338,7 +339,8 @@ impl Resource {
                 }
             }
             Err(error) => {
-                self.on_local_io_error(volume, "a verify read from the local disk", Some(check.range), error);
+                let io = FailedIo::Read;
+                self.on_local_io_error(volume, "a verify read from the local disk", io, check.range, error);
             }
         }
         self.unlock(volume, check.range, LockOwner::VerifyAsk(key));
@@ -529,7 +531,8 @@ impl Resource {
                 }
             }
             Err(error) => {
-                self.on_local_io_error(volume, "a verify read from the local disk", Some(read.range), error);
+                let io = FailedIo::Read;
+                self.on_local_io_error(volume, "a verify read from the local disk", io, read.range, error);
             }
         }
         let current = self.session.as_ref().is_some_and(|now| now.id == read.session);
