@@ -2,12 +2,14 @@
 # Sourced by every script that runs in a test VM:  . "${0%/*}/../lib.sh"
 #
 # A failing command ends the script, and the line is shown. Nothing waits without a limit:
-# use `wait_for`, `within`. Disks live in memory under /run/vm and go with the VM.
+# use `wait_for`, `within`. Disks live in memory under $VM_RUN (/run/vm) and go with the VM.
 # Status 77 (`skip`) means that the script cannot run here.
 
 set -Eeuo pipefail
 
 VM_KIT=${VM_KIT:-$(cd "${BASH_SOURCE[0]%/*}" && pwd)}
+# Scratch of a script. A script that needs no VM (power_cuts.sh) is given another place.
+VM_RUN=${VM_RUN:-/run/vm}
 VM_STEP=start
 VM_CHECKS=0
 SECONDS=0
@@ -118,10 +120,10 @@ modules() {
 }
 
 # loop_disk NAME MIB: a zeroed sparse disk in memory; prints its device. The same NAME gives
-# the same file /run/vm/NAME.img.
+# the same file $VM_RUN/NAME.img.
 loop_disk() {
-    truncate -s "$2M" "/run/vm/$1.img"
-    loop_attach "/run/vm/$1.img"
+    truncate -s "$2M" "$VM_RUN/$1.img"
+    loop_attach "$VM_RUN/$1.img"
 }
 
 loop_attach() {

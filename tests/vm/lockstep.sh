@@ -8,18 +8,23 @@
 # words (kernel_nodes.sh), which tells a fault of a script from one of lockstep.
 
 LOCKSTEP_BIN_DIR=${LOCKSTEP_BIN_DIR:-$VM_KIT/../../target/release}
-LOCKSTEP_CONF=/run/vm/drbd.conf
+LOCKSTEP_CONF=$VM_RUN/drbd.conf
+# How the Primary offers its device, and the port of the first node; the second has the next one.
+NODES_FRONTEND=${NODES_FRONTEND:-ublk}
+NODES_PORT=${NODES_PORT:-7789}
 RES=web-root
 declare -A NODE_PID=()
 
 nodes_load() {
     [[ -x $LOCKSTEP_BIN_DIR/lockstep ]] || skip "no program $LOCKSTEP_BIN_DIR/lockstep"
-    modules ublk_drv
-    wait_for '[[ -c /dev/ublk-control ]]' 10
+    if [[ $NODES_FRONTEND == ublk ]]; then
+        modules ublk_drv
+        wait_for '[[ -c /dev/ublk-control ]]' 10
+    fi
     local name
-    mkdir -p /run/vm/bin
+    mkdir -p "$VM_RUN/bin"
     for name in lockstep lockstepd drbdadm drbdsetup drbdmeta; do
-        ln -sf "$LOCKSTEP_BIN_DIR/lockstep" "/run/vm/bin/$name"
+        ln -sf "$LOCKSTEP_BIN_DIR/lockstep" "$VM_RUN/bin/$name"
     done
     NODE_DEVICE_PREFIX=/dev/drbd
 }
@@ -42,13 +47,13 @@ resource $RES {
     on nodo1 {
         device $(node_device nodo1);
         disk $1;
-        address 127.0.0.1:7789;
+        address 127.0.0.1:$NODES_PORT;
         meta-disk internal;
     }
     on nodo2 {
         device $(node_device nodo2);
         disk $2;
-        address 127.0.0.1:7790;
+        address 127.0.0.1:$((NODES_PORT + 1));
         meta-disk internal;
     }
 }
@@ -57,13 +62,13 @@ EOF
 
 # on NODE WORDS…: drbdadm as its operator types it on that node: `on nodo1 up web-root`
 on() {
-    LOCKSTEP_NODE=$1 LOCKSTEP_RUN_DIR=/run/vm/$1 within "${VERB_LIMIT_S:-120}" \
-        /run/vm/bin/drbdadm -c "$LOCKSTEP_CONF" "${@:2}"
+    LOCKSTEP_NODE=$1 LOCKSTEP_RUN_DIR=$VM_RUN/$1 within "${VERB_LIMIT_S:-120}" \
+        "$VM_RUN/bin/drbdadm" -c "$LOCKSTEP_CONF" "${@:2}"
 }
 
 start_node() {
-    mkdir -p "/run/vm/$1"
-    /run/vm/bin/lockstepd --node "$1" --run-dir "/run/vm/$1" -c "$LOCKSTEP_CONF" --frontend ublk \
+    mkdir -p "$VM_RUN/$1"
+    "$VM_RUN/bin/lockstepd" --node "$1" --run-dir "$VM_RUN/$1" -c "$LOCKSTEP_CONF" --frontend "$NODES_FRONTEND" \
         </dev/null >>"$VM_DIR/$1.log" 2>&1 &
     NODE_PID[$1]=$!
     # Any verb that the daemon must answer will do; status of nothing is fine.
@@ -113,7 +118,7 @@ in_sync() {
 node_out_of_sync_kib() { on "$1" status "$RES" --verbose --statistics | sed -n 's/.*out-of-sync:\([0-9]*\).*/\1/p' | head -1; }
 
 # The identifiers on a disk that no node uses: disk_gi DISK
-disk_gi() { within 60 "${NODES_DRBDMETA:-/run/vm/bin/drbdmeta}" - v08 "$1" internal get-gi; }
+disk_gi() { within 60 "${NODES_DRBDMETA:-$VM_RUN/bin/drbdmeta}" - v08 "$1" internal get-gi; }
 
 # After `down` on both nodes nothing of theirs may be left in /dev.
 no_device_left() {
