@@ -11,7 +11,7 @@ mkdir -p "$VM_RUN"
 NODES_FRONTEND=nbd NODES_PORT=$((20000 + $$ % 5000 * 2))
 . "$VM_KIT/lockstep.sh"
 export NODES_DISK="al-extents 67;"
-readonly nr_cuts=${CUTS:-300} nr_pairs=${PAIRS:-20} nr_resyncs=${RESYNCS:-6}
+readonly nr_cuts=${CUTS:-2000} nr_pairs=${PAIRS:-20} nr_resyncs=${RESYNCS:-6}
 write_log=$LOCKSTEP_BIN_DIR/lockstep-write-log
 declare -A loops=()
 
@@ -56,7 +56,7 @@ cut_power() {
 }
 cut_power --pairs "$nr_pairs" >found || fail "seed $seed: $(cat found)"
 log "$(grep = found | tr '\n' ' ')"
-check "at least 200 cuts, $(field cuts_at_flush) of them at flushes" test "$(field cuts)" -ge 200
+check "at least 1000 cuts, $(field cuts_at_flush) of them at flushes" test "$(field cuts)" -ge 1000
 check "the disks differed after $(field cuts_with_differences) of them" test "$(field cuts_with_differences)" -ge 20
 check "most of the disk was not covered" test "$(field mean_covered_blocks)" -lt $((disk_bytes / 4096 * 2 / 3))
 for part in log bitmap; do
