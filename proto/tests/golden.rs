@@ -95,6 +95,7 @@ fn volume_info() -> v1::VolumeInfo {
         disk_state: 8,
         role: 1,
         out_of_sync_bits: 300,
+        foreign_bits: 0,
         discard_supported: true,
         last_of_handshake: 1,
     }

@@ -107,6 +107,7 @@ fn volume_info() -> impl Strategy<Value = v1::VolumeInfo> {
                 disk_state,
                 role,
                 out_of_sync_bits,
+                foreign_bits: history_1,
                 discard_supported,
                 last_of_handshake,
             }

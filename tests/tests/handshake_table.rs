@@ -16,6 +16,7 @@ fn side(uuids: [u64; 4]) -> Side {
         role: Role::Secondary,
         disk: DiskState::UpToDate,
         out_of_sync_bits: 0,
+        foreign_bits: 0,
         discard_my_data: false,
         tie: false,
     }

@@ -56,6 +56,7 @@ fn volume_info(rng: &mut Rng, known: &[u64], phase: u64) -> v1::VolumeInfo {
         disk_state: pick(rng, &[0, 3, 4, 5, 6, 8, 9, 9, 9]),
         role: if rng.percent(90) { 2 } else { small(rng, 3) },
         out_of_sync_bits: number(rng, 3),
+        foreign_bits: number(rng, 3),
         discard_supported: true,
         last_of_handshake: 1,
     }

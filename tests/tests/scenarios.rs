@@ -1,6 +1,7 @@
 //! Named stories, each with the same two cores and the same simulated disks.
 use lockstep_replicator::core::event::{AdminCommand, Event, RequestOp};
 use lockstep_replicator::core::state::{ConnState, DiskState, ReplState, Role};
+use lockstep_tests::sim::net::Cut;
 use lockstep_tests::sim::node::VOLUME;
 use lockstep_tests::sim::{Options, World};
 
@@ -247,6 +248,36 @@ fn detach_and_attach_of_a_primary_under_load() {
     assert!(world.nodes[0].answers.contains_key(&id));
     quiet(&mut world);
     assert_eq!(world.failed_requests, 0);
+}
+
+/// The peer begins a generation for a Primary whose disk leaves; the link ends before it can say so.
+#[test]
+fn what_a_primary_writes_to_a_disk_it_took_back_alone_is_not_overwritten() {
+    for (after, power) in (0..6).flat_map(|after| [(after, false), (after, true)]) {
+        let mut world = pair(90 + after);
+        load(&mut world, 0, 3);
+        world.net.cut_after_to[0] = Some(after);
+        world.net.cut_how = Cut::Down;
+        world.admin(0, "detach", AdminCommand::Detach { volume: VOLUME, force: false });
+        world.run(100);
+        world.cut(true);
+        world.run(100);
+        world.attach(0);
+        world.run(50);
+        let good = world.good_requests;
+        world.request(0, RequestOp::Write, 0, 8, true);
+        world.run(50);
+        let acked = world.good_requests > good;
+        world.crash(0, power);
+        world.run(50);
+        world.heal();
+        world.start(0);
+        world.run(3000);
+        assert_eq!(world.broken, None);
+        if acked {
+            assert_ne!(world.nodes[0].disks[0].sectors()[..8], [0; 8], "cut after {after}");
+        }
+    }
 }
 
 #[test]

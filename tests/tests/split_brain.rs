@@ -224,6 +224,23 @@ fn after_sb_0pri_every_value() {
     }
 }
 
+/// The bitmaps are united before a resync begins; if it never does, that changes nobody's share.
+#[test]
+fn a_split_brain_that_is_found_twice_has_the_same_loser() {
+    for (mine, theirs, winner) in [(5, 3, 0), (3, 5, 1)] {
+        for (to, after) in (0..2).flat_map(|to| (2..7).map(move |after| (to, after))) {
+            let net = NetConfig { after_sb_0pri: AfterSb0Pri::DiscardLeastChanges, ..NetConfig::default() };
+            let mut world = diverged(&net, mine, theirs);
+            secondary(&mut world, 0);
+            secondary(&mut world, 1);
+            let before = disks(&world);
+            world.heal();
+            world.net.cut_after_to[to] = Some(after);
+            resolved_for(&mut world, winner, &before);
+        }
+    }
+}
+
 #[test]
 fn discard_local_and_discard_remote_are_one_setting_seen_from_two_sides() {
     for (second, fits) in [(AfterSb0Pri::DiscardRemote, true), (AfterSb0Pri::DiscardLocal, false)] {

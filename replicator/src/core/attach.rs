@@ -290,6 +290,11 @@ impl Resource {
             self.set_disk(volume, alone);
             if self.role == Role::Primary {
                 self.update_export(volume);
+                // Of what the peer does meanwhile this copy knows nothing: what is written here from now on
+                // must not look like an older state of what is there.
+                if !self.suspension.is_frozen() {
+                    self.new_generation_if_alone(volume);
+                }
             }
         }
         self.reply(reply, Ok(()));

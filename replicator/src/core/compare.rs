@@ -26,6 +26,9 @@ pub struct Side {
     pub disk: DiskState,
     /// Its set bits.
     pub out_of_sync_bits: u64,
+    /// Of these, what the peer's bitmap or a full resync brought that never began: no changes of its own.
+    #[serde(default)]
+    pub foreign_bits: u64,
     /// Its operator said: my changes lose.
     pub discard_my_data: bool,
     /// Breaks ties: the lower node id.

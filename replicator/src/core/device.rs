@@ -88,6 +88,9 @@ pub(super) struct Device {
     /// Marks made here for a diskless Primary are not all durable: the log must count after a crash (I1).
     pub(super) keeps_books: bool,
     pub(super) bitmap: Bitmap,
+    /// Bits that were set for a resync that has not ended: the peer's, or all. They say nothing of who
+    /// changed more.
+    pub(super) foreign_bits: u64,
     pub(super) al: Option<ActivityLog>,
     pub(super) al_waiters: VecDeque<AlUser>,
     pub(super) al_committing: Vec<AlUser>,
@@ -174,6 +177,7 @@ impl Device {
             keeps_books: false,
             peer_may_have_current: false,
             bitmap: Bitmap::default(),
+            foreign_bits: 0,
             al: None,
             al_waiters: VecDeque::new(),
             al_committing: Vec::new(),

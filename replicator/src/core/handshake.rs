@@ -258,6 +258,7 @@ impl Resource {
             disk_state: disk.to_wire(),
             role: self.role.to_wire(),
             out_of_sync_bits: device.bitmap.count(),
+            foreign_bits: device.foreign_bits,
             discard_supported: device.discard,
             last_of_handshake: 0,
         }
@@ -823,6 +824,7 @@ fn side(info: &v1::VolumeInfo, tie: bool) -> Side {
         role: Role::from_wire(info.role).unwrap_or(Role::Secondary),
         disk: DiskState::from_wire(info.disk_state).unwrap_or(DiskState::Diskless),
         out_of_sync_bits: info.out_of_sync_bits,
+        foreign_bits: info.foreign_bits,
         discard_my_data: info.uuid_flags & uuid_flags::DISCARD_MY_DATA != 0,
         tie,
     }

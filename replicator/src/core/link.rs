@@ -445,6 +445,9 @@ impl Resource {
         let device = &mut self.devices[volume];
         let old = std::mem::replace(&mut device.repl, new);
         let nr = device.nr;
+        if new == ReplState::Established {
+            device.foreign_bits = 0;
+        }
         if old != new {
             self.event(Event::Repl(nr, old, new));
             if (old, new) == (ReplState::SyncSource, ReplState::Established) {

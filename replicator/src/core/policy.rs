@@ -266,7 +266,9 @@ fn after_split_brain(
 /// `after-sb-0pri`: whether this node's changes go; `None`: not resolved (SEM §15).
 fn after_sb_0pri(me: &Side, peer: &Side, policy: AfterSb0Pri) -> Option<bool> {
     let was_primary = |side: &Side| side.uuids.bitmap & 1 != 0;
-    let (mine, theirs) = (me.out_of_sync_bits, peer.out_of_sync_bits);
+    // A resync that was decided and never began has united the bitmaps: that must not change the winner.
+    let changes = |side: &Side| side.out_of_sync_bits.saturating_sub(side.foreign_bits);
+    let (mine, theirs) = (changes(me), changes(peer));
     let zero_changes = match (mine == 0, theirs == 0) {
         (true, true) => Some(me.tie),
         (true, false) => Some(true),

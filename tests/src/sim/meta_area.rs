@@ -24,6 +24,17 @@ use lockstep_replicator::units::{SECTORS_PER_AL_EXTENT, SectorCount};
 const WORDS_PER_PAGE: usize = BITMAP_PAGE_BYTES / 8;
 const SECTOR: usize = 512;
 
+/// What becomes of a metadata write in flight when its node stops, if a test decides it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MetaFate {
+    /// Nothing of it is there.
+    Old,
+    /// All of it is there.
+    New,
+    /// Each piece is there or not.
+    Torn,
+}
+
 /// See the module. Every write is durable when answered.
 #[derive(Clone, Debug)]
 pub struct MetaArea {
@@ -169,6 +180,23 @@ impl MetaArea {
                         }
                     }
                 }
+            }
+        }
+    }
+
+    /// The node stopped while this was being written, with this outcome.
+    pub fn end_as(&mut self, write: &MetaWrite, fate: MetaFate, rng: &mut Rng) {
+        match fate {
+            MetaFate::Old => {}
+            MetaFate::New => self.apply(write),
+            MetaFate::Torn => {
+                // A generator whose first draw tears, here (of 4) and in the real area (of 3).
+                let mut torn = rng.clone();
+                while torn.clone().below(4) < 2 || torn.clone().below(3) != 1 {
+                    torn.next();
+                }
+                rng.next();
+                self.maybe_apply(write, &mut torn);
             }
         }
     }

@@ -28,6 +28,18 @@ pub(super) enum Wire {
     Bytes(bytes::Bytes),
 }
 
+/// How [`Network::cut_after_to`] ends a link.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Cut {
+    /// It comes back at once.
+    #[default]
+    Blink,
+    /// It stays down.
+    Down,
+    /// Half-open: nothing reaches that node any more, and nobody is told.
+    Silence,
+}
+
 /// See the module.
 #[derive(Default)]
 pub struct Network {
@@ -37,6 +49,8 @@ pub struct Network {
     pub deaf: [bool; 2],
     /// The link is cut when this many more messages reached the node.
     pub cut_after_to: [Option<u64>; 2],
+    /// How.
+    pub cut_how: Cut,
     dead: BTreeSet<SessionId>,
     last_delivery: [u64; 2],
     connecting: bool,
@@ -212,7 +226,11 @@ impl World {
         if let Some(left) = &mut self.net.cut_after_to[to] {
             if *left == 0 {
                 self.net.cut_after_to[to] = None;
-                return self.cut(false);
+                if self.net.cut_how == Cut::Silence {
+                    self.silence(to);
+                    return self.net.held.push(Ev::Deliver { session, to, message, payload });
+                }
+                return self.cut(self.net.cut_how == Cut::Down);
             }
             *left -= 1;
         }

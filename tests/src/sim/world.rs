@@ -2,6 +2,7 @@
 //! concluded from all this in `oracle.rs`.
 use super::Rng;
 use super::history::History;
+use super::meta_area::MetaFate;
 use super::net::{Network, Wire};
 use super::node::{Ids, InFlight, Node, VOLUME, io_key, meta_key};
 use super::oracle::Oracle;
@@ -181,6 +182,8 @@ pub struct World {
     pub disk_ios: u64,
     /// Kill this node at its n-th metadata write (from now): node, writes left, power.
     pub crash_at_meta: Option<(usize, u64, bool)>,
+    /// What becomes of metadata writes in flight at a crash; `None`: the generator decides.
+    pub meta_fate: Option<MetaFate>,
     /// Handshake decisions and notes, per node.
     pub log: Vec<(u64, usize, Event)>,
     /// Requests completed with an error.
@@ -191,7 +194,14 @@ pub struct World {
     pub broken: Option<String>,
     /// Hold messages of this kind to this node.
     pub drop_filter: Option<fn(&Message) -> bool>,
+    /// Called after each event.
+    pub watch: Option<Watch>,
+    /// How requests ended, if anybody wants to know.
+    pub results: Option<BTreeMap<u64, bool>>,
 }
+
+/// Looks on, or takes part.
+pub type Watch = Box<dyn FnMut(&mut World)>;
 
 impl std::fmt::Debug for World {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -229,11 +239,14 @@ impl World {
             delivered: 0,
             cut_after: None,
             crash_at_meta: None,
+            meta_fate: None,
             log: Vec::new(),
             failed_requests: 0,
             good_requests: 0,
             broken: None,
             drop_filter: None,
+            watch: None,
+            results: None,
             options,
         }
     }
@@ -345,6 +358,11 @@ impl World {
         }
         self.trace(|| format!("n{node} {}", if power { "loses power" } else { "is killed" }));
         self.net_node_gone(node, power);
+        if let Some(fate) = self.meta_fate {
+            for (_, (volume, write)) in std::mem::take(&mut self.nodes[node].metas) {
+                self.nodes[node].disks[volume].meta.end_as(&write, fate, &mut self.rng);
+            }
+        }
         let (requests, lost) = self.nodes[node].stop(power, &mut self.rng);
         for request in requests.keys() {
             if let Some(Asked::Write { record }) = self.asked.remove(request) {
@@ -431,6 +449,9 @@ impl World {
         };
         self.trace(|| format!("n{node} request {} done: {ok}", id.0));
         *(if ok { &mut self.good_requests } else { &mut self.failed_requests }) += 1;
+        if let Some(results) = &mut self.results {
+            results.insert(id.0, ok);
+        }
         match self.asked.remove(&id.0) {
             Some(Asked::Read { volume, range, buffer, issued, own }) if ok => {
                 let from = data.unwrap_or(buffer);
@@ -526,6 +547,15 @@ impl World {
 
     /// One event; `false` when there is none before `end`.
     pub fn step(&mut self, end: u64) -> bool {
+        let stepped = self.step_unwatched(end);
+        if stepped && let Some(mut watch) = self.watch.take() {
+            watch(self);
+            self.watch = Some(watch);
+        }
+        stepped
+    }
+
+    fn step_unwatched(&mut self, end: u64) -> bool {
         let event = self.heap.peek().map(|due| (due.at, due.seq));
         let timer = (0..2).filter_map(|node| self.nodes[node].timer_at.map(|due| (due, node))).min();
         if let Some((due, node)) = timer

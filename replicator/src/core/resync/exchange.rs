@@ -50,9 +50,12 @@ impl Resource {
         if let Payload::Bytes(bytes) = &payload {
             let words =
                 bytes.chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().unwrap_or([0xff; 8])));
-            if !self.devices[volume].bitmap.merge_words(header.first_word, words) {
+            let device = &mut self.devices[volume];
+            let before = device.bitmap.count();
+            if !device.bitmap.merge_words(header.first_word, words) {
                 return self.protocol_error("bitmap words past the end of the volume");
             }
+            device.foreign_bits += device.bitmap.count().saturating_sub(before);
         }
         self.drop_payload(payload);
         if header.last {

@@ -240,7 +240,10 @@ impl Resource {
 
     pub(in crate::core) fn full_sync_recorded(&mut self, volume: usize) {
         if self.devices[volume].resync.as_ref().is_some_and(|resync| resync.full) {
-            self.devices[volume].bitmap.set_all();
+            let device = &mut self.devices[volume];
+            let before = device.bitmap.count();
+            device.bitmap.set_all();
+            device.foreign_bits += device.bitmap.count() - before;
             self.write_bitmap(volume, BitmapThen::FullSync);
         }
     }
