@@ -4,5 +4,6 @@
 //! virtual time, from one seed. [`write_log`] takes apart what a kernel recorded below two real nodes.
 #[cfg(feature = "planted-faults")]
 pub mod planted;
+pub mod procedures;
 pub mod sim;
 pub mod write_log;
