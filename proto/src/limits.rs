@@ -22,8 +22,10 @@ pub const MAX_BITMAP_WORDS: usize = 64 * 1024 / 8;
 pub const FEATURE_WRITE_ZEROES: u64 = 1 << 0;
 /// Feature bit: the sender can apply `Discard`.
 pub const FEATURE_DISCARD: u64 = 1 << 1;
+/// Feature bit: the sender follows a peer that pulls ahead (`VolumeState.ahead`).
+pub const FEATURE_AHEAD: u64 = 1 << 2;
 /// All features this code offers.
-pub const FEATURES: u64 = FEATURE_WRITE_ZEROES | FEATURE_DISCARD;
+pub const FEATURES: u64 = FEATURE_WRITE_ZEROES | FEATURE_DISCARD | FEATURE_AHEAD;
 
 const _: () = assert!(MAX_REQUEST_SECTORS <= MAX_TRIM_SECTORS);
 const _: () = assert!(MAX_BITMAP_WORDS * 8 <= MAX_PAYLOAD_BYTES);

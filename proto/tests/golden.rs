@@ -105,8 +105,8 @@ fn state() -> v1::State {
     v1::State {
         role: 2,
         volumes: vec![
-            v1::VolumeState { volume: 0, disk_state: 8, sync_paused: false },
-            v1::VolumeState { volume: 1, disk_state: 4, sync_paused: false },
+            v1::VolumeState { volume: 0, disk_state: 8, sync_paused: false, ahead: false },
+            v1::VolumeState { volume: 1, disk_state: 4, sync_paused: false, ahead: false },
         ],
     }
 }
@@ -348,6 +348,16 @@ fn all() -> Vec<Golden> {
             0,
             "4c4b5331 01000022 000c0000 00000000 00000000 6f211da8 \
                 080212021008120408011004",
+        ),
+        golden(
+            "state_ahead",
+            Message::State(v1::State {
+                role: 1,
+                volumes: vec![v1::VolumeState { volume: 3, disk_state: 9, sync_paused: true, ahead: true }],
+            }),
+            0,
+            "4c4b5331 01000022 000c0000 00000000 00000000 ecbc1365 \
+                080112080803100918012001",
         ),
         golden(
             "state_request",

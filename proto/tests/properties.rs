@@ -116,11 +116,9 @@ fn volume_info() -> impl Strategy<Value = v1::VolumeInfo> {
 }
 
 fn state() -> impl Strategy<Value = v1::State> {
-    let volume = (any::<u32>(), any::<u32>()).prop_map(|(volume, disk_state)| v1::VolumeState {
-        volume,
-        disk_state,
-        sync_paused: false,
-    });
+    let volume = (any::<u32>(), any::<u32>(), any::<bool>(), any::<bool>()).prop_map(
+        |(volume, disk_state, sync_paused, ahead)| v1::VolumeState { volume, disk_state, sync_paused, ahead },
+    );
     (any::<u32>(), prop::collection::vec(volume, 0..16))
         .prop_map(|(role, volumes)| v1::State { role, volumes })
 }

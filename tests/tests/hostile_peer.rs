@@ -131,7 +131,7 @@ fn message(rng: &mut Rng, known: &[u64], ids: &[u64]) -> (Message, u64) {
             (
                 Message::State(v1::State {
                     role: small(rng, 3),
-                    volumes: vec![v1::VolumeState { volume, disk_state, sync_paused: false }],
+                    volumes: vec![v1::VolumeState { volume, disk_state, sync_paused: false, ahead: false }],
                 }),
                 0,
             )

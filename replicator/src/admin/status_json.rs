@@ -129,7 +129,7 @@ fn connection(view: &ResourceView) -> Json {
         ("peer-node-id", Json::number(connection.peer_node_id)),
         ("name", Json::text(&connection.peer_name)),
         ("connection-state", Json::text(connection.connection)),
-        ("congested", Json::number(false)),
+        ("congested", Json::number(connection.congested)),
         ("peer-role", Json::text(connection.peer_role)),
         ("tls", Json::number(false)),
         ("ap-in-flight", Json::number(connection.ap_in_flight_sectors)),

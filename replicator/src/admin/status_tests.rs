@@ -64,6 +64,7 @@ fn r0(volumes: u16) -> ResourceView {
                 peer_node_id: 1,
                 connection: ConnState::Connected,
                 peer_role: Role::Secondary,
+                congested: false,
                 ap_in_flight_sectors: 0,
                 rs_in_flight_sectors: 0,
                 peer_volumes: (0..volumes).map(peer_volume).collect(),

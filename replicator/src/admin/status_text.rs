@@ -171,7 +171,7 @@ fn connection(out: &mut Wrapper, view: &ResourceView, single: bool, options: Tex
     }
     if verbose {
         out.field(indent, "tls:no");
-        out.field(indent, "congested:no");
+        out.field(indent, if connection.congested { "congested:yes" } else { "congested:no" });
         out.field(indent, &format!("ap-in-flight:{}", connection.ap_in_flight_sectors));
         out.field(indent, &format!("rs-in-flight:{}", connection.rs_in_flight_sectors));
     }

@@ -224,6 +224,12 @@ impl ActivityLog {
         self.slots.iter().map(|slot| u64::from(slot.refs)).sum()
     }
 
+    /// Extents with writes in flight.
+    #[must_use]
+    pub fn extents_in_use(&self) -> u64 {
+        self.slots.iter().filter(|slot| slot.refs > 0).count() as u64
+    }
+
     /// Extents the disk knows as hot.
     pub fn hot_extents(&self) -> impl Iterator<Item = u32> + '_ {
         self.on_disk.iter().copied().filter(|extent| *extent != FREE)

@@ -327,7 +327,7 @@ impl Resource {
         }
         match device.disk {
             DiskState::Diskless => return self.reply(reply, Ok(())),
-            DiskState::Attaching | DiskState::Detaching | DiskState::Negotiating => {
+            DiskState::Attaching | DiskState::Detaching | DiskState::Negotiating if !force => {
                 let facts = vec![format!("the disk of {name} is {}", device.disk)];
                 let refused = refusal(
                     -18,
@@ -351,6 +351,9 @@ impl Resource {
             | DiskState::Outdated
             | DiskState::Consistent
             | DiskState::UpToDate
+            | DiskState::Attaching
+            | DiskState::Detaching
+            | DiskState::Negotiating
             | DiskState::DUnknown => {}
         }
         if self.role == Role::Primary
@@ -375,6 +378,7 @@ impl Resource {
         }
         if force {
             self.give_up_disk(volume, "detach --force", None);
+            self.abandon_io(volume);
             match &mut self.devices[volume].procedure {
                 Some(DiskProcedure::Failing { reply: slot }) => *slot = Some(reply),
                 _ => self.reply(reply, Ok(())),

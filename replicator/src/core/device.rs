@@ -6,6 +6,7 @@ use crate::core::activity_log::ActivityLog;
 use crate::core::attach::DiskProcedure;
 use crate::core::bitmap::Bitmap;
 use crate::core::config::VolumeConfig;
+use crate::core::congestion::Congestion;
 use crate::core::event::HandlerToken;
 use crate::core::interval::IntervalLocks;
 use crate::core::metadata::{AlStep, BitmapJob, SuperblockThen};
@@ -138,6 +139,9 @@ pub(super) struct Device {
     /// Where an interrupted verify goes on, sectors.
     pub(super) verify_from: u64,
     pub(super) procedure: Option<DiskProcedure>,
+    /// Sectors of mirrored writes without a barrier ack.
+    pub(super) unacked_sectors: u64,
+    pub(super) congestion: Congestion,
     /// UpToDate but for blocks that failed.
     pub(super) repair: Option<Repair>,
     /// When an Inconsistent disk asks to be repaired (again).
@@ -212,6 +216,8 @@ impl Device {
             verify_wanted: None,
             verify_from: 0,
             procedure: None,
+            unacked_sectors: 0,
+            congestion: Congestion::default(),
             repair: None,
             retry: Retry::default(),
             untold_loss: false,
@@ -295,10 +301,9 @@ impl Device {
             | ReplState::VerifyS
             | ReplState::VerifyT
             | ReplState::PausedSyncS
-            | ReplState::PausedSyncT => MirrorMode::Data,
-            ReplState::StartingSyncS | ReplState::WFBitMapS | ReplState::Ahead | ReplState::Behind => {
-                MirrorMode::Note
-            }
+            | ReplState::PausedSyncT
+            | ReplState::Behind => MirrorMode::Data,
+            ReplState::StartingSyncS | ReplState::WFBitMapS | ReplState::Ahead => MirrorMode::Note,
         }
     }
 

@@ -44,6 +44,8 @@ pub(super) struct Handshake {
     /// What the peer's configuration says that is not compared, but decided by.
     peer_always_asbp: bool,
     peer_rr_conflict: RrConflict,
+    /// What it understands.
+    peer_features: u64,
     /// The peer only wants to know what would happen.
     peer_tentative: bool,
 }
@@ -52,6 +54,10 @@ impl Handshake {
     /// The generation the peer told of last.
     pub(super) fn peer_generation(&self, volume: u32) -> Option<u64> {
         self.received.iter().find(|info| info.volume == volume).map(|info| info.uuid_current)
+    }
+
+    pub(super) const fn peer_features(&self) -> u64 {
+        self.peer_features
     }
 
     pub(super) const fn is_done(&self) -> bool {
@@ -133,6 +139,7 @@ impl Resource {
             session.handshake.hello_seen = true;
             session.handshake.peer_always_asbp = hello.always_asbp;
             session.handshake.peer_rr_conflict = rr_conflict;
+            session.handshake.peer_features = hello.features;
             session.handshake.peer_tentative = hello.tentative;
             session.peer_life = hello.session_nonce;
         }
@@ -735,6 +742,7 @@ impl Resource {
                 volume: u32::from(device.nr.0),
                 disk_state: device.told_disk().to_wire(),
                 sync_paused: device.pauses.own(),
+                ahead: device.repl == ReplState::Ahead,
             })
             .collect();
         let state = v1::State { role: self.role.to_wire(), volumes };
@@ -756,8 +764,13 @@ impl Resource {
             if resyncing && disk > DiskState::Inconsistent {
                 continue;
             }
+            // It may not have heard yet that this node is Ahead.
+            if self.devices[volume].repl == ReplState::Ahead && disk > DiskState::Outdated {
+                continue;
+            }
             self.set_peer_disk_fact(volume, disk);
             self.peer_disk_consequences(volume);
+            self.on_peer_ahead(volume, entry.ahead);
         }
     }
 

@@ -174,9 +174,15 @@ impl Resource {
     /// Everything that belonged to the session ends. `retry`: go on connecting, else StandAlone.
     pub(super) fn end_session(&mut self, state: ConnState, retry: bool) {
         let Some(ended) = self.session.take() else { return };
-        for timer in
-            [Timer::Handshake, Timer::Ping, Timer::PingTimeout, Timer::Ko, Timer::IdleBarrier, Timer::Resync]
-        {
+        for timer in [
+            Timer::Handshake,
+            Timer::Ping,
+            Timer::PingTimeout,
+            Timer::Ko,
+            Timer::IdleBarrier,
+            Timer::Resync,
+            Timer::Ahead,
+        ] {
             self.timers.stop(timer);
         }
         if self.conn != ConnState::Disconnecting {
@@ -453,6 +459,7 @@ impl Resource {
             if (old, new) == (ReplState::SyncSource, ReplState::Established) {
                 self.unfence_after_resync();
             }
+            self.note_calm(volume, old);
         }
     }
 

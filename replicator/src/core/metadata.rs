@@ -39,6 +39,18 @@ pub(super) enum MetaContext {
     Relocated(usize),
 }
 
+impl MetaContext {
+    /// Of which volume.
+    pub(super) const fn volume(self) -> usize {
+        let (Self::Superblock(volume, _)
+        | Self::AlTransaction(volume)
+        | Self::AlInit(volume)
+        | Self::Bitmap(volume)
+        | Self::Relocated(volume)) = self;
+        volume
+    }
+}
+
 /// What goes on once a superblock generation is durable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum SuperblockThen {
@@ -224,12 +236,8 @@ impl Resource {
             "the runtime answered metadata write {} twice or never got it",
             id.0
         );
-        let context = self.metas.remove(key);
-        let (MetaContext::Superblock(volume, _)
-        | MetaContext::AlTransaction(volume)
-        | MetaContext::AlInit(volume)
-        | MetaContext::Bitmap(volume)
-        | MetaContext::Relocated(volume)) = context;
+        let context = self.metas.remove(key).context;
+        let volume = context.volume();
         self.devices[volume].ios -= 1;
         if let Err(error) = result {
             self.devices[volume].md_writing = None;

@@ -8,10 +8,12 @@
 //! | `request.rs` | application reads, writes, flushes: legs, completion rule |
 //! | `peer_request.rs` | writes, reads, barriers received from the peer |
 //! | `conflict.rs` | overlapping writes of two Primaries |
+//! | `congestion.rs` | a peer that does not keep up |
 //! | `transfer_log.rs` | epochs and what is still unacknowledged |
 //! | `metadata.rs` | what is written to the metadata area, in which order |
 //! | `attach.rs` | taking and leaving a backing disk, disk failure |
 //! | `repair.rs` | a failed IO of a disk that is kept, and how it gets well |
+//! | `abandon.rs` | a disk that does not answer |
 //! | `link.rs` | the connection: up, alive, lost |
 //! | `options.rs` | options changed while it runs |
 //! | `resize.rs` | another size, metadata at another place |
@@ -27,6 +29,7 @@
 //!
 //! Invariants I1-I8 (`docs/invariants.md`) are kept here and asserted where they are cheap to see.
 #![forbid(unsafe_code)]
+mod abandon;
 pub mod activity_log;
 mod attach;
 pub mod bitmap;
@@ -34,6 +37,7 @@ mod bits;
 pub mod compare;
 pub mod config;
 mod conflict;
+mod congestion;
 mod device;
 pub mod event;
 pub mod explain;
@@ -79,9 +83,40 @@ use std::collections::VecDeque;
 use timer::{Timer, Timers};
 use transfer_log::TransferLog;
 
+/// A data IO in flight.
+#[derive(Clone, Copy, Debug)]
+struct Io {
+    context: IoContext,
+    volume: usize,
+    /// When it was handed out.
+    since: Time,
+}
+
+impl Io {
+    const fn is_abandoned(&self) -> bool {
+        matches!(self.context, IoContext::Abandoned)
+    }
+}
+
+/// A metadata write in flight.
+#[derive(Clone, Copy, Debug)]
+struct MetaIo {
+    context: MetaContext,
+    /// When it was handed out.
+    since: Time,
+}
+
+impl MetaIo {
+    const fn volume(&self) -> usize {
+        self.context.volume()
+    }
+}
+
 /// What a data IO was for.
 #[derive(Clone, Copy, Debug)]
 enum IoContext {
+    /// Nobody waits for it any more.
+    Abandoned,
     /// The local leg of an application request.
     Request(usize),
     /// The local leg of an application flush.
@@ -145,8 +180,8 @@ pub struct Resource {
     peer_requests: Slab<PeerRequest>,
     /// Reads served for the peer: wire id and range.
     remote_reads: Vec<(u64, crate::units::BlockRange)>,
-    ios: Slab<IoContext>,
-    metas: Slab<MetaContext>,
+    ios: Slab<Io>,
+    metas: Slab<MetaIo>,
     timers: Timers,
     out: VecDeque<Output>,
     /// The last decisions of handshakes, oldest first.
@@ -300,7 +335,8 @@ impl Resource {
             Timer::Resync => self.on_resync_tick(),
             Timer::SuspendLease => self.on_suspend_lease(),
             // `progress` looks at every volume.
-            Timer::Repair => {}
+            Timer::Repair | Timer::Ahead => {}
+            Timer::Disk => self.on_disk_timer(),
         }
     }
 
@@ -312,6 +348,7 @@ impl Resource {
                 self.progress_disk(volume);
             }
             self.progress_repair(volume);
+            self.progress_congestion(volume);
         }
         self.progress_down();
         self.progress_fencing();
@@ -321,8 +358,20 @@ impl Resource {
     fn on_disk_done(&mut self, id: IoId, result: Result<event::DiskOk, event::IoError>) {
         let key = usize::try_from(id.0).unwrap_or(usize::MAX);
         assert!(self.ios.contains(key), "the runtime answered disk IO {} twice or never got it", id.0);
-        let context = self.ios.remove(key);
+        let Io { context, volume, .. } = self.ios.remove(key);
+        if let (IoContext::Abandoned, Ok(event::DiskOk { buffer: Some(buffer), .. })) = (context, &result) {
+            self.out.push_back(Output::Release(*buffer));
+        }
+        if matches!(context, IoContext::Abandoned) {
+            self.devices[volume].ios -= 1;
+            return;
+        }
+        self.io_done(context, result);
+    }
+
+    fn io_done(&mut self, context: IoContext, result: Result<event::DiskOk, event::IoError>) {
         match context {
+            IoContext::Abandoned => {}
             IoContext::Request(key) => self.on_local_done(key, result),
             IoContext::Flush(key) => self.on_flush_local_done(key, result.is_ok()),
             IoContext::Peer(key) => self.on_peer_write_done(key, result),
@@ -353,7 +402,9 @@ impl Resource {
         buffer: Option<event::BufferId>,
         context: IoContext,
     ) {
-        let id = IoId(self.ios.insert(context) as u64);
+        let io = Io { context, volume, since: self.now };
+        let id = IoId(self.ios.insert(io) as u64);
+        self.watch_disk(volume);
         let device = &mut self.devices[volume];
         device.ios += 1;
         let nr = device.nr;
@@ -399,7 +450,8 @@ impl Resource {
     }
 
     fn meta(&mut self, volume: usize, write: event::MetaWrite, context: MetaContext) {
-        let id = MetaId(self.metas.insert(context) as u64);
+        let id = MetaId(self.metas.insert(MetaIo { context, since: self.now }) as u64);
+        self.watch_disk(volume);
         let device = &mut self.devices[volume];
         device.ios += 1;
         let volume = device.nr;

@@ -45,6 +45,7 @@ impl Resource {
         let later = attached && (wanted.al_extents != al_extents || wanted.al_updates != al_updates);
         let nr = self.devices[at].nr;
         self.devices[at].cfg = wanted.clone();
+        self.timers.bring_forward(super::timer::Timer::Disk, self.now);
         if later {
             self.devices[at].cfg.al_extents = al_extents;
             self.devices[at].cfg.al_updates = al_updates;
@@ -64,6 +65,11 @@ impl Resource {
             let facts = vec![format!("protocol {:?}, allow-two-primaries yes", net.protocol)];
             let text = "Two-primaries need protocol C";
             return Err(refusal(139, text, facts, "say protocol C, or allow-two-primaries no"));
+        }
+        if net.on_congestion != config::OnCongestion::Block && net.protocol != Protocol::A {
+            let facts = vec![format!("protocol {:?}, on-congestion {:?}", net.protocol, net.on_congestion)];
+            let text = "Congestion policy needs protocol A";
+            return Err(refusal(155, text, facts, "say protocol A, or on-congestion block"));
         }
         if !net.allow_two_primaries && self.role == Role::Primary && self.peer_role == Role::Primary {
             let facts = vec![format!("{} and {} are Primary", self.cfg.node_name, self.cfg.peer_name)];

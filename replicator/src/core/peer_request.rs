@@ -160,7 +160,7 @@ impl Resource {
         let writable = device.writable();
         // Sent before its Primary knew that its disk takes part again: written here only, and our bits
         // have left already. Announced, and in our books until the mark is durable here (I1).
-        let noted = device.repl == ReplState::WFBitMapS;
+        let noted = matches!(device.repl, ReplState::WFBitMapS | ReplState::Ahead);
         let books = (diskless || noted) && writable;
         if books {
             device.mark(range);

@@ -44,6 +44,7 @@ impl Resource {
                 peer_node_id: self.cfg.peer_node_id,
                 connection: self.conn,
                 peer_role: if self.conn == ConnState::Connected { self.peer_role } else { Role::Unknown },
+                congested: self.is_congested(),
                 ap_in_flight_sectors: self.tl.requests().map(|key| self.requests[key].range.len().0).sum(),
                 rs_in_flight_sectors: self
                     .devices
@@ -188,6 +189,7 @@ impl Resource {
                 None => {}
             }
             waits.extend(self.repair_wait(device, now));
+            waits.extend(self.congestion_wait(device, now));
             if device.uuid_gate.is_some() {
                 waits.push(format!("volume {nr}: the new generation identifier to be durable"));
             }

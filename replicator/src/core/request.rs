@@ -272,6 +272,7 @@ impl Resource {
     /// Sends the write to every copy that takes it.
     fn submit_write(&mut self, key: usize) {
         let volume = self.requests[key].volume;
+        self.test_congestion(volume);
         let device = &self.devices[volume];
         let local = device.writable();
         let mode = device.mirror_mode();
@@ -376,6 +377,7 @@ impl Resource {
                 (message, Payload::None)
             }
         };
+        self.devices[volume].unacked_sectors += nr_sectors;
         if matches!(payload, Payload::Buffer { .. }) {
             self.devices[volume].counters.sent_sectors += nr_sectors;
         }
@@ -683,6 +685,7 @@ impl Resource {
             request.in_log = false;
             request.in_sync_at_peer = false;
             let (volume, range) = (request.volume, request.range);
+            self.devices[volume].unacked_sectors -= range.len().0;
             // "Sent" (protocol A) and "pending" never got their proof.
             let unproven = request.peer != Leg::Ok;
             if unproven {
@@ -767,6 +770,7 @@ impl Resource {
                 request.peer = Leg::Ok;
             }
             request.in_log = false;
+            self.devices[request.volume].unacked_sectors -= request.range.len().0;
         }
         for key in &acked {
             self.try_complete(*key);

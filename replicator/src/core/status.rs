@@ -95,6 +95,9 @@ pub struct ConnectionStatus {
     pub connection: ConnState,
     /// Peer's role.
     pub peer_role: Role,
+    /// More is on its way to the peer than `congestion-fill` allows, or nothing is mirrored for that reason.
+    #[serde(default)]
+    pub congested: bool,
     /// Application bytes sent and not yet acknowledged, sectors.
     pub ap_in_flight_sectors: u64,
     /// Resync bytes in flight, sectors.

@@ -30,6 +30,10 @@ timers! {
     SuspendLease,
     /// A repair may be tried again.
     Repair,
+    /// The pause after congestion is over.
+    Ahead,
+    /// An IO of the own disk may be too old.
+    Disk,
 }
 
 /// When each timer fires.

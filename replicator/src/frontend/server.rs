@@ -530,6 +530,7 @@ mod tests {
                 peer_node_id: 1,
                 connection,
                 peer_role,
+                congested: false,
                 ap_in_flight_sectors: 0,
                 rs_in_flight_sectors: 0,
                 peer_volumes: vec![],
