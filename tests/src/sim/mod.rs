@@ -11,6 +11,7 @@
 //! | `history.rs` | what each node may hold, from what the application was told |
 //! | `oracle.rs` | what must be true, and when it is looked at |
 //! | `plan.rs`, `run.rs` | random runs: options and actions from the seed, the two phases |
+//! | `mixed.rs`, `extra.rs` | rarer features laid over a plan, and how they are carried out |
 //! | `orders.rs` | a test picks what happens next |
 //! | `minimise.rs` | makes a failing plan smaller |
 //!
@@ -20,9 +21,11 @@
 //! At most one node is Primary unless an operator of the run makes it so on purpose.
 pub mod blocks;
 pub mod disk;
+mod extra;
 pub mod history;
 pub mod meta_area;
 pub mod minimise;
+pub mod mixed;
 pub mod net;
 pub mod node;
 pub mod oracle;
@@ -35,7 +38,8 @@ pub mod world;
 
 pub use world::{Options, World};
 
-/// One random run; `Err` says what was wrong, with the seed in it. A panic counts, too.
+/// One random run without the features of `mixed.rs`; `Err` says what was wrong, with the seed in it. A panic
+/// counts, too.
 ///
 /// # Errors
 /// A promise was broken; the text names it.
@@ -70,7 +74,7 @@ pub fn run_plan(plan: &plan::Plan) -> Result<run::Summary, String> {
     PANIC.set(Some(String::new()));
     let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| run::run(plan)));
     let text = PANIC.take().unwrap_or_default();
-    result.unwrap_or_else(|_| Err(format!("seed {}: {text}", plan.options.seed)))
+    result.unwrap_or_else(|_| Err(format!("{}: {text}", plan.options.name())))
 }
 
 /// Small generator (splitmix64): all randomness of a run comes from one of these.

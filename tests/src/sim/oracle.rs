@@ -297,6 +297,9 @@ impl World {
                 self.resync_ends(node, usize::from(volume.0));
             }
             Event::Handshake(decision) => self.handshake(node, decision),
+            Event::OutOfSync { volume, range } if self.oracle.check_marks => {
+                self.fail(format!("n{node}: verify finds {range:?} of volume {} different (I2)", volume.0));
+            }
             _ => {}
         }
     }

@@ -1,6 +1,7 @@
 //! What a run will do, drawn from its seed before it begins: options (swarm: each run has its own mix of
 //! features) and a list of timed actions. A plan is data, so that a failing one can be made smaller.
 use super::Rng;
+use super::mixed::{Extra, Feature};
 use super::world::{Options, Weather};
 use lockstep_replicator::core::config::{OnIoError, Protocol, RateControl};
 
@@ -122,6 +123,8 @@ pub enum Act {
     StepDown,
     /// Somebody becomes Primary, this node if it can, where none is.
     FailOver(usize),
+    /// Something of a rarer feature.
+    Extra(Extra),
     /// A good operator looks after everything; after a split brain this node's changes go.
     Tend(usize),
 }
@@ -139,6 +142,7 @@ impl Act {
                 | Self::StepDown
                 | Self::FailOver(_)
                 | Self::Tend(_)
+                | Self::Extra(_)
         )
     }
 }
@@ -165,6 +169,8 @@ pub struct Plan {
     pub steps: Vec<Step>,
     /// The mix of features, for people.
     pub features: String,
+    /// Rarer features that it has.
+    pub extras: Vec<Feature>,
 }
 
 /// Which kinds of trouble a run has.
@@ -186,7 +192,7 @@ struct Mix {
     tend: u64,
 }
 
-fn pick<T: Copy>(rng: &mut Rng, from: &[T]) -> T {
+pub(super) fn pick<T: Copy>(rng: &mut Rng, from: &[T]) -> T {
     from[usize::try_from(rng.below(from.len() as u64)).unwrap_or(0)]
 }
 
@@ -277,7 +283,7 @@ pub fn draw(seed: u64) -> Plan {
     steps.push(Step { at: LENGTH.max(clock), act: Act::Tend(first) });
     steps.sort_by_key(|step| step.at);
     let features = format!("{mix:?}, {episodes} episodes");
-    Plan { options, first, wait_for_sync, steps, features }
+    Plan { options, first, wait_for_sync, steps, features, extras: Vec::new() }
 }
 
 fn burst(rng: &mut Rng, options: &Options, mix: &Mix, begin: u64, length: u64, steps: &mut Vec<Step>) {

@@ -1,5 +1,6 @@
 //! One run: the plan is carried out (safety under any faults), then everything is healed and both nodes
 //! must be in sync, or have declared a split brain, within a bound of virtual time (liveness, I8).
+use super::mixed::Feature;
 use super::plan::{Act, Failing, Io, Plan, Typed, top_up};
 use super::world::World;
 use lockstep_replicator::core::event::{AdminCommand, Event, RequestOp};
@@ -39,9 +40,9 @@ pub struct Summary {
     pub settlements: u64,
 }
 
-struct Run<'a> {
-    world: World,
-    plan: &'a Plan,
+pub(super) struct Run<'a> {
+    pub(super) world: World,
+    pub(super) plan: &'a Plan,
     summary: Summary,
     /// IO of the application goes on in this phase.
     load: bool,
@@ -54,6 +55,7 @@ struct Run<'a> {
 pub fn run(plan: &Plan) -> Result<Summary, String> {
     let mut run =
         Run { world: World::new(plan.options.clone()), plan, summary: Summary::default(), load: true };
+    run.world.oracle.policies = plan.extras.contains(&Feature::Policies);
     run.go();
     let Run { world, mut summary, .. } = run;
     if let Some(why) = world.broken {
@@ -245,6 +247,7 @@ impl Run<'_> {
                 self.fail_over(node);
                 true
             }
+            Act::Extra(extra) => self.extra(extra),
             Act::Tend(node) => {
                 self.tend(node);
                 true
@@ -384,6 +387,9 @@ impl Run<'_> {
     }
 
     fn fail_over(&mut self, node: usize) {
+        if self.has(Feature::Two) {
+            self.promote_other();
+        }
         if (0..2).any(|node| self.world.is_primary(node)) {
             return;
         }
@@ -405,6 +411,7 @@ impl Run<'_> {
     /// What a good operator does.
     fn tend(&mut self, victim: usize) {
         self.world.heal();
+        self.tend_extras();
         for node in 0..2 {
             self.mend(node);
             self.start(node);
@@ -443,6 +450,7 @@ impl Run<'_> {
     fn finish(&mut self) {
         self.load = false;
         self.world.crash_at_meta = None;
+        self.tend_extras();
         self.world.trace(|| "everything is healed".into());
         let mut left = LIVENESS_S;
         let mut declared = 0;
@@ -452,6 +460,9 @@ impl Run<'_> {
                 self.mend(node);
                 self.start(node);
                 self.attach(node);
+                if left % 10 == 3 {
+                    self.let_go(node);
+                }
                 let alone = self.world.state(node).is_some_and(|state| state.2 == ConnState::StandAlone);
                 if alone && left % 10 == 5 {
                     let plain = AdminCommand::Connect { discard_my_data: false, tentative: false };

@@ -41,6 +41,10 @@ pub struct Options {
     pub volume: VolumeConfig,
     /// Options of the resource on both nodes.
     pub resource: ResourceOptions,
+    /// The run may have features of `mixed.rs`.
+    pub mixed: bool,
+    /// Which were ordered, for a person who runs it again.
+    pub ordered: String,
     /// Print every event.
     pub verbose: bool,
     /// Look at whole disks too where only what changed is looked at, and compare the answers. Slow.
@@ -64,10 +68,18 @@ impl Options {
             net,
             volume,
             resource: ResourceOptions::default(),
+            mixed: false,
+            ordered: String::new(),
             verbose,
             compare: std::env::var_os("SIM_COMPARE").is_some(),
             planted: None,
         }
+    }
+
+    /// How the run is named, and run again.
+    #[must_use]
+    pub fn name(&self) -> String {
+        format!("seed {}{}{}", self.seed, if self.mixed { "" } else { " --plain" }, self.ordered)
     }
 }
 
@@ -111,7 +123,7 @@ pub(super) enum Ev {
     Lost { session: SessionId, to: usize },
     Connect,
     Alarm(u64),
-    Handler { node: usize, life: u64, token: HandlerToken, code: i32 },
+    Handler { node: usize, life: u64, token: HandlerToken, code: i32, asked: u64 },
 }
 
 /// An event and its time; the heap gives the earliest, and of equal ones the first scheduled.
@@ -139,7 +151,7 @@ impl Ord for Due {
 }
 
 #[derive(Clone, Debug)]
-enum Asked {
+pub(super) enum Asked {
     Read { volume: usize, range: BlockRange, buffer: u32, issued: u64, own: bool },
     Write { record: u32 },
     Flush { volume: usize, issued: u64 },
@@ -163,7 +175,7 @@ pub struct World {
     seq: u64,
     /// The link and what is on it.
     pub net: Network,
-    asked: BTreeMap<u64, Asked>,
+    pub(super) asked: BTreeMap<u64, Asked>,
     /// Check reads and acks against the history.
     pub check_data: bool,
     /// What is known about the two copies.
@@ -172,6 +184,16 @@ pub struct World {
     pub handler_runs: Vec<(u64, usize, HandlerName)>,
     /// What handlers answer; `None` hangs. Default 0.
     pub handler_answers: BTreeMap<(usize, HandlerName), Option<i32>>,
+    /// They answer after this, ms. Default 1.
+    pub handler_delay_ms: [u64; 2],
+    /// Nodes whose `fence-peer` does what it should: see `extra.rs`.
+    pub(super) honest: [bool; 2],
+    /// `suspend-io` was typed and not `resume-io` since.
+    pub(super) suspending: [bool; 2],
+    /// Since when `suspend-io` holds on a node, as far as its operator knows.
+    pub(super) suspended: [Option<u64>; 2],
+    /// When its lease ends.
+    pub(super) lease_ends: [u64; 2],
     /// Alarms that rang, for the workload.
     pub alarms: Vec<u64>,
     /// Messages delivered so far.
@@ -235,6 +257,11 @@ impl World {
             disk_ios: 0,
             handler_runs: Vec::new(),
             handler_answers: BTreeMap::new(),
+            handler_delay_ms: [1; 2],
+            honest: [false; 2],
+            suspending: [false; 2],
+            suspended: [None; 2],
+            lease_ends: [0; 2],
             alarms: Vec::new(),
             delivered: 0,
             cut_after: None,
@@ -264,7 +291,7 @@ impl World {
     /// Records a broken promise; the first one counts.
     pub fn fail(&mut self, mut why: String) {
         if self.broken.is_none() {
-            why.insert_str(0, &format!("seed {} at {} us: ", self.options.seed, self.now / US));
+            why.insert_str(0, &format!("{} at {} us: ", self.options.name(), self.now / US));
             self.broken = Some(why);
         }
     }
@@ -300,10 +327,20 @@ impl World {
         self.admin(node, "connect", AdminCommand::Connect { discard_my_data: false, tentative: false });
     }
 
+    /// The network options of a node: those of the world, seen from its side.
+    #[must_use]
+    pub fn net_of(&self, node: usize) -> NetConfig {
+        let mut net = self.options.net.clone();
+        if node == 1 && self.options.mixed {
+            net.after_sb_0pri = net.after_sb_0pri.mirrored();
+        }
+        net
+    }
+
     /// Starts a node without configuration verbs.
     pub fn boot(&mut self, node: usize) {
         let volume = self.nodes[node].volume.as_ref().unwrap_or(&self.options.volume);
-        let mut config = self.nodes[node].config(&self.options.net, volume, &self.options.resource);
+        let mut config = self.nodes[node].config(&self.net_of(node), volume, &self.options.resource);
         for nr in 1..self.volumes() {
             let nr = VolumeNr(u16::try_from(nr).unwrap_or(0));
             config.volumes.push(VolumeConfig { nr, ..config.volumes[0].clone() });
@@ -347,6 +384,7 @@ impl World {
         self.nodes[node].verbs.insert(id.0, name);
         self.trace(|| format!("n{node} verb {name}"));
         self.oracle_verb(node, id.0, &command);
+        self.note_suspension(node, &command);
         self.feed(node, Input::Admin { id, command });
         id.0
     }
@@ -356,6 +394,7 @@ impl World {
         if self.nodes[node].core.is_none() {
             return;
         }
+        self.suspended[node] = None;
         self.trace(|| format!("n{node} {}", if power { "loses power" } else { "is killed" }));
         self.net_node_gone(node, power);
         if let Some(fate) = self.meta_fate {
@@ -448,6 +487,7 @@ impl World {
             return self.fail(format!("n{node}: request {} answered twice or never asked", id.0));
         };
         self.trace(|| format!("n{node} request {} done: {ok}", id.0));
+        self.check_suspended(node, id.0, ok);
         *(if ok { &mut self.good_requests } else { &mut self.failed_requests }) += 1;
         if let Some(results) = &mut self.results {
             results.insert(id.0, ok);
@@ -589,7 +629,8 @@ impl World {
             Ev::Lost { session, to } => self.lost(session, to),
             Ev::Connect => self.transport_up(),
             Ev::Alarm(tag) => self.alarms.push(tag),
-            Ev::Handler { node, life, token, code } if self.nodes[node].life == life => {
+            Ev::Handler { node, life, token, code, asked } if self.nodes[node].life == life => {
+                let code = self.fence_answer(node, code, asked);
                 self.feed(node, Input::HandlerDone { token, exit_code: Some(code) });
             }
             Ev::Disk { .. } | Ev::Meta { .. } | Ev::Handler { .. } => {}
@@ -786,10 +827,13 @@ impl World {
             }
             Output::AdminReply { id, result } => {
                 self.trace(|| format!("n{node} reply {result:?}"));
-                if self.nodes[node].verbs.remove(&id.0).is_none() {
-                    self.fail(format!("n{node}: verb {} answered twice", id.0));
-                }
+                let Some(verb) = self.nodes[node].verbs.remove(&id.0) else {
+                    return self.fail(format!("n{node}: verb {} answered twice", id.0));
+                };
                 self.oracle_reply(node, id.0, result.is_ok());
+                if verb == "suspend-io" && result.is_ok() && self.suspending[node] {
+                    self.suspended[node].get_or_insert(self.now);
+                }
                 self.nodes[node].answers.insert(id.0, result);
             }
             Output::Export { size, .. } => {
@@ -799,10 +843,16 @@ impl World {
             Output::RunHandler { token, name, .. } => {
                 self.trace(|| format!("n{node} runs handler {}", name.name()));
                 self.handler_runs.push((self.now, node, name));
-                let answer = self.handler_answers.get(&(node, name)).copied().unwrap_or(Some(0));
+                let mut answer = self.handler_answers.get(&(node, name)).copied().unwrap_or(Some(0));
                 let life = self.nodes[node].life;
+                let mut asked = 0;
+                if self.honest[node] && name == HandlerName::FencePeer {
+                    let (code, verb) = self.fence_honestly(node);
+                    (answer, asked) = (Some(code), verb);
+                }
                 if let Some(code) = answer {
-                    self.schedule(self.now + MS, Ev::Handler { node, life, token, code });
+                    let at = self.now + self.handler_delay_ms[node] * MS;
+                    self.schedule(at, Ev::Handler { node, life, token, code, asked });
                 }
             }
             Output::Measure(volume) => {
