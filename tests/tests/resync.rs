@@ -315,6 +315,36 @@ fn a_write_in_the_pipeline_is_not_forgotten() {
     }
 }
 
+/// S02: a state that the peer sent before it heard what its disk is says nothing any more. Believed, writes
+/// would be marked without a note to a target that has our bitmap already.
+#[test]
+fn a_target_is_not_negotiating_again_once_that_is_decided() {
+    for seed in 200..230 {
+        let mut world = pair(seed);
+        assert_eq!(
+            verb(&mut world, 1, "detach", AdminCommand::Detach { volume: VOLUME, force: false }),
+            Ok(())
+        );
+        write(&mut world, 0, 64);
+        world.run(20);
+        world.attach(1);
+        ok(&mut world, 1000, |w| w.state(1).is_some_and(|s| s.1 == DiskState::Negotiating));
+        // Who pauses says so together with the state of the disk.
+        world.admin(1, "pause-sync", AdminCommand::PauseSync(VOLUME));
+        ok(&mut world, 1000, |w| repl(w, 0) == Some(ReplState::WFBitMapS));
+        for block in 0..20 {
+            write(&mut world, 8000 + block * 8, 8);
+            world.run(seed % 2);
+            let states = world.states(0, 0).expect("node 0 is up");
+            assert_ne!(states.peer_disk, DiskState::Negotiating, "{states:?}");
+        }
+        world.admin(1, "resume-sync", AdminCommand::ResumeSync(VOLUME));
+        quiet(&mut world);
+        let again = |event: &Event| matches!(event, Event::Note(_, text) if text.contains("starting over"));
+        assert!(!world.log.iter().any(|(_, _, event)| again(event)), "a note was missing");
+    }
+}
+
 #[test]
 fn the_source_writes_while_its_answer_is_on_the_way() {
     // The range is free as soon as the answer is in the stream: the same blocks are written again and again.

@@ -768,6 +768,11 @@ impl Resource {
             if self.devices[volume].repl == ReplState::Ahead && disk > DiskState::Outdated {
                 continue;
             }
+            // Old news: it was sent before the peer heard what its disk is now. To believe it would leave
+            // writes without a note to a target whose bitmap was sent (S02).
+            if disk == DiskState::Negotiating && self.devices[volume].peer_disk > DiskState::Negotiating {
+                continue;
+            }
             self.set_peer_disk_fact(volume, disk);
             self.peer_disk_consequences(volume);
             self.on_peer_ahead(volume, entry.ahead);

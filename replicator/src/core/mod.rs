@@ -65,7 +65,7 @@ pub mod transfer_log;
 pub mod uuid;
 mod verbs;
 
-use crate::units::{Time, VolumeNr};
+use crate::units::{BlockRange, Time, VolumeNr};
 use config::ResourceConfig;
 use device::Device;
 use event::{AdminCommand, AdminId, Event, Input, IoId, MetaId, Output, Severity};
@@ -124,7 +124,7 @@ enum IoContext {
     /// A write of the peer.
     Peer(usize),
     /// A read for the peer's application.
-    RemoteRead { volume: usize, session: event::SessionId, request: u64, range: crate::units::BlockRange },
+    RemoteRead { volume: usize, session: event::SessionId, request: u64, range: BlockRange },
     /// Makes writes stable before bitmap pages are written, counted up to this many.
     BitmapFlush { volume: usize, writes: u64 },
     /// The flush at the end of an epoch.
@@ -179,7 +179,7 @@ pub struct Resource {
     rx: ReceiveEpochs,
     peer_requests: Slab<PeerRequest>,
     /// Reads served for the peer: wire id and range.
-    remote_reads: Vec<(u64, crate::units::BlockRange)>,
+    remote_reads: Vec<(u64, BlockRange)>,
     ios: Slab<Io>,
     metas: Slab<MetaIo>,
     timers: Timers,
@@ -322,6 +322,12 @@ impl Resource {
         self.device_index(volume).map(|at| self.devices[at].bitmap.count())
     }
 
+    /// Whether any block of a range is marked on this node, for tests that compare the two sides.
+    #[must_use]
+    pub fn is_out_of_sync(&self, volume: VolumeNr, range: BlockRange) -> bool {
+        self.device_index(volume).is_some_and(|at| self.devices[at].bitmap.any(range.bits_touched()))
+    }
+
     fn on_timer(&mut self, timer: Timer) {
         match timer {
             Timer::Handshake => self.on_handshake_timeout(),
@@ -397,7 +403,7 @@ impl Resource {
         &mut self,
         volume: usize,
         op: event::DiskOp,
-        range: Option<crate::units::BlockRange>,
+        range: Option<BlockRange>,
         fua: bool,
         buffer: Option<event::BufferId>,
         context: IoContext,

@@ -168,8 +168,10 @@ impl Procedure {
                 self.start(world, node);
             }
         }
-        let done = |world: &World| met(world) || (self.may_split() && split_brain(world));
-        for _ in 0..10 {
+        let may_split =
+            |world: &World| self.may_split() || (self.instead.is_some() && world.oracle.may_split());
+        let done = |world: &World| met(world) || (may_split(world) && split_brain(world));
+        for round in 0..10 {
             world.run_until(2000, done);
             if let Some(why) = &world.broken {
                 return Err(why.clone());
@@ -177,7 +179,7 @@ impl Procedure {
             if done(world) {
                 return Ok(());
             }
-            self.tend(world);
+            self.tend(world, round);
         }
         let waits: Vec<_> = (0..2).map(|n| world.status(n).map(|s| s.waiting_for)).collect();
         let open: Vec<_> = (0..2).map(|n| (&world.nodes[n].verbs, world.nodes[n].requests.len())).collect();
@@ -189,14 +191,16 @@ impl Procedure {
     }
 
     /// One look of the operator at both nodes.
-    fn tend(&self, world: &mut World) {
+    fn tend(&self, world: &mut World, round: u32) {
         for node in 0..2 {
             let Some((role, disk, connection, _)) = world.state(node) else { continue };
             if disk == DiskState::Diskless && !world.nodes[node].disk_open[0] {
                 world.attach(node);
             }
-            let refused = self.kind == Kind::NewerDataMeetsPrimary && role == Role::Primary;
-            if refused {
+            // A Primary without a disk meets no older data than it has shown: its application has to end.
+            let lost = round > 3 && disk < DiskState::Inconsistent;
+            let refused = self.kind == Kind::NewerDataMeetsPrimary || lost;
+            if refused && role == Role::Primary {
                 ask(world, node, "secondary", AdminCommand::Secondary);
             }
             if connection == ConnState::StandAlone {
