@@ -312,3 +312,78 @@ fn two_nodes_from_fresh_disks_to_failover() {
     assert_eq!(bravo.terminate(), Some(0), "{}", cluster.log("bravo"));
     assert_eq!(alpha.terminate(), Some(0), "{}", cluster.log("alpha"));
 }
+
+/// Adds `r1`, whose resync comes after that of `r0`, and says after what that of `r0` comes.
+fn add_second(cluster: &Cluster, r0_after: &str) {
+    let ports: Vec<TcpListener> = (0..2).map(|_| TcpListener::bind("127.0.0.1:0").unwrap()).collect();
+    let port = |nr: usize| ports[nr].local_addr().unwrap().port();
+    let base = cluster.dir.path().display().to_string();
+    for disk in ["alpha1.img", "bravo1.img"] {
+        std::fs::File::create(cluster.path(disk)).unwrap().set_len(16 << 20).unwrap();
+    }
+    let first = std::fs::read_to_string(cluster.path("r.conf")).unwrap();
+    let first = first.replacen("resource r0 {\n", &format!("resource r0 {{\n  disk {{ {r0_after} }}\n"), 1);
+    let second = format!(
+        "resource r1 {{\n  device /dev/drbd8;\n  meta-disk internal;\n  net {{ connect-int 1; }}\n  \
+         disk {{ resync-after r0/0; }}\n  \
+         on alpha {{ disk {base}/alpha1.img; address 127.0.0.1:{}; }}\n  \
+         on bravo {{ disk {base}/bravo1.img; address 127.0.0.1:{}; }}\n}}\n",
+        port(0),
+        port(1)
+    );
+    std::fs::write(cluster.path("r.conf"), format!("{first}{second}")).unwrap();
+}
+
+#[test]
+fn a_resync_comes_after_another_one_and_says_so() {
+    if !has_uring() {
+        return;
+    }
+    let cluster = Cluster::new();
+    add_second(&cluster, "");
+    for node in ["alpha", "bravo"] {
+        cluster.offline(node, "create-md all", 0);
+    }
+    let (mut alpha, mut bravo) = (cluster.daemon("alpha"), cluster.daemon("bravo"));
+    for node in ["alpha", "bravo"] {
+        cluster.drbdadm(node, "up all", 0);
+    }
+    for resource in ["r0", "r1"] {
+        cluster.drbdadm("alpha", &format!("wait-connect {resource} --timeout 20"), 0);
+    }
+    // The first one stands still as long as the operator likes.
+    cluster.drbdadm("alpha", "pause-sync r0", 0);
+    cluster.drbdadm("alpha", "primary --force r0", 0);
+    while cluster.drbdadm("alpha", "cstate r0", 0) != "PausedSyncS\n" {}
+    // The second one too, until the daemons have looked.
+    cluster.drbdadm("alpha", "pause-sync r1", 0);
+    cluster.drbdadm("alpha", "primary --force r1", 0);
+    for node in ["alpha", "bravo"] {
+        while !cluster.drbdadm(node, "status r1", 0).contains("dependency") {}
+    }
+    cluster.drbdadm("alpha", "resume-sync r1", 0);
+    assert_eq!(cluster.drbdadm("alpha", "cstate r1", 0), "PausedSyncS\n");
+    let status = cluster.drbdadm("alpha", "status r1", 0);
+    assert!(status.contains("resync-suspended:") && status.contains("dependency"), "{status}");
+    let said = cluster.drbdadm("alpha", "wait-sync r1 --timeout 2", 0);
+    assert_eq!(said, "", "the source waits for nobody");
+    let said = cluster.drbdadm("bravo", "wait-sync r1 --timeout 2", 5);
+    assert!(said.contains("resync-after r0/0"), "{said}");
+    let refused = cluster.drbdadm("alpha", "resume-sync r1", 10);
+    assert!(refused.contains("(156)"), "{refused}");
+    cluster.drbdadm("alpha", "resume-sync r0", 0);
+    while cluster.drbdadm("bravo", "dstate r1", 0) != "UpToDate/UpToDate\n" {}
+    assert_eq!(cluster.drbdadm("bravo", "dstate r0", 0), "UpToDate/UpToDate\n");
+
+    // A loop cannot be brought in while it runs, nor with `up`.
+    let text = std::fs::read_to_string(cluster.path("r.conf")).unwrap();
+    std::fs::write(cluster.path("r.conf"), text.replacen("disk {  }", "disk { resync-after r1; }", 1))
+        .unwrap();
+    for verb in ["adjust r0", "up r1"] {
+        let refused = cluster.drbdadm("alpha", verb, 10);
+        assert!(refused.contains("(133)") && refused.contains("after r0/0"), "{refused}");
+        assert!(refused.contains("\nnext: leave out `resync-after`"), "{refused}");
+    }
+    assert_eq!(bravo.terminate(), Some(0), "{}", cluster.log("bravo"));
+    assert_eq!(alpha.terminate(), Some(0), "{}", cluster.log("alpha"));
+}

@@ -115,6 +115,7 @@ async fn serve(source: Source, run_dir: &RunDir, options: &DaemonOptions) -> Res
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let begin = bring_up(Arc::clone(&node), options.up.clone());
     connections.spawn(begin);
+    connections.spawn(Arc::clone(&node).keep_order());
     loop {
         tokio::select! {
             () = signals.next() => break,

@@ -7,6 +7,7 @@
 //! | `verbs.rs`, `setup.rs`, `drbdmeta.rs` | what drbdadm, drbdsetup and drbdmeta do |
 //! | `control.rs`, `client.rs` | the control socket's language and the command's end of it |
 //! | `daemon.rs`, `process.rs`, `node.rs` | lockstepd: its life, its process, its resources |
+//! | `dependency.rs` | `resync-after` between resources |
 //! | `view.rs`, `status_text.rs`, `status_json.rs` | what `status` shows |
 //! | `explain.rs` | what `explain` shows |
 //! | `outcome.rs` | exit codes and refusals |
@@ -15,6 +16,7 @@ pub mod client;
 pub mod config;
 pub mod control;
 pub mod daemon;
+pub mod dependency;
 pub mod drbdmeta;
 pub mod entry;
 mod explain;

@@ -6,6 +6,7 @@
 //! while a `primary` waits. A verb whose deadline passes is dropped at an await between two steps, each
 //! of which the core does whole; `up` and `down` can be repeated from any point.
 use crate::admin::control::{ResourceVerb, VerbRequest};
+use crate::admin::dependency::{self, Order, Place};
 use crate::admin::outcome::{self, Failure, SS_DEVICE_IN_USE};
 use crate::admin::plan::{self, LocalResource, LocalVolume, Source};
 use crate::admin::process;
@@ -23,7 +24,7 @@ use crate::runtime::ResourceHandle;
 use crate::runtime::backing::grown::KnownSize;
 use crate::runtime::backing::{AttachError, Backing};
 use crate::units::{Sector, SectorCount, VolumeNr};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -31,6 +32,8 @@ use tokio::sync::broadcast;
 
 /// Between two looks at something that has no event of its own.
 const POLL: Duration = Duration::from_millis(20);
+/// Between two looks at resyncs that others come after.
+const DEPENDENCY_POLL: Duration = Duration::from_millis(300);
 /// A resource that was told to go down must let go of its thread within this time.
 const STOP_LIMIT: Duration = Duration::from_secs(5);
 
@@ -72,6 +75,10 @@ struct Running {
     resource: LocalResource,
     /// What it acts by now.
     options: Mutex<ResourceConfig>,
+    /// `resync-after` of the node's volumes, as the file had it when this was last configured.
+    order: Mutex<Order>,
+    /// Volumes that were told to wait, and for what.
+    waiting: Mutex<BTreeMap<VolumeNr, Place>>,
     /// For notes that outlive a restart of the machine.
     state_dir: PathBuf,
     handle: ResourceHandle,
@@ -98,6 +105,15 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Running {
     fn name(&self) -> &str {
         self.handle.name()
+    }
+
+    /// Resyncs that wait for one of another resource.
+    fn dependency_waits(&self) -> Vec<String> {
+        let waiting = locked(&self.waiting);
+        let line = |(nr, (name, first)): (&VolumeNr, &Place)| {
+            format!("volume {}: resync-after {name}/{}, which resyncs or is paused", nr.0, first.0)
+        };
+        waiting.iter().map(line).collect()
     }
 
     async fn status(&self) -> Result<ResourceStatus, VerbError> {
@@ -166,7 +182,8 @@ impl Running {
     }
 
     async fn view(&self) -> Option<ResourceView> {
-        let status = self.handle.status().await?;
+        let mut status = self.handle.status().await?;
+        status.waiting_for.extend(self.dependency_waits());
         let addresses: Vec<_> =
             locked(&self.server).as_ref().map(|server| server.addresses().to_vec()).unwrap_or_default();
         let devices = self.resource.volumes.iter().map(|volume| {
@@ -251,9 +268,52 @@ impl Node {
     pub async fn waiting_for(&self, resource: &str) -> Vec<String> {
         match self.get(resource) {
             Some(running) => {
-                running.handle.status().await.map(|status| status.waiting_for).unwrap_or_default()
+                let core = running.handle.status().await.map(|status| status.waiting_for);
+                let mut waits = core.unwrap_or_default();
+                waits.extend(running.dependency_waits());
+                waits
             }
             None => Vec::new(),
+        }
+    }
+
+    /// Keeps resyncs in the order of `resync-after`, for as long as the daemon lives.
+    pub async fn keep_order(self: Arc<Self>) {
+        let mut look = tokio::time::interval(DEPENDENCY_POLL);
+        look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            look.tick().await;
+            self.settle_order().await;
+        }
+    }
+
+    /// Tells every volume whether it waits for another one.
+    async fn settle_order(&self) {
+        let running: Vec<Arc<Running>> = locked(&self.resources).values().cloned().collect();
+        if running.iter().all(|running| locked(&running.order).is_empty()) {
+            return;
+        }
+        let mut busy = BTreeSet::new();
+        for running in &running {
+            let Some(status) = running.handle.status().await else { continue };
+            let volumes = &status.connection.peer_volumes;
+            let resyncing = volumes.iter().filter(|volume| dependency::is_busy(volume.replication));
+            busy.extend(resyncing.map(|volume| (running.name().to_owned(), volume.volume)));
+        }
+        for running in &running {
+            let order = locked(&running.order).clone();
+            for volume in &running.resource.volumes {
+                let place = (running.name().to_owned(), volume.nr);
+                let first = order.waits_for(&place, |first| busy.contains(first)).cloned();
+                let mut waiting = locked(&running.waiting);
+                let waited = waiting.contains_key(&volume.nr);
+                if first.is_some() == waited || running.handle.resync_dependency(volume.nr, first.is_some()) {
+                    match first {
+                        Some(first) => waiting.insert(volume.nr, first),
+                        None => waiting.remove(&volume.nr),
+                    };
+                }
+            }
         }
     }
 
@@ -387,6 +447,8 @@ impl Node {
                 }
             }
         }
+        // Before the peer is met, or a resync would begin before it is told to wait.
+        self.settle_order().await;
         if connect && running.status().await?.connection.connection == ConnState::StandAlone {
             running.handle.admin(AdminCommand::Connect { discard_my_data: false, tentative: false }).await?;
         }
@@ -405,7 +467,10 @@ impl Node {
             // Gone from the file: it goes on as it is until it is taken down.
             return Ok(());
         }
-        let core = plan::local(&loaded, name, &source.node, &self.run_dir)?.runtime.core;
+        let LocalResource { order, runtime, .. } = plan::local(&loaded, name, &source.node, &self.run_dir)?;
+        let core = runtime.core;
+        order.check(name)?;
+        *locked(&running.order) = order;
         if *locked(&running.options) == core {
             return Ok(());
         }
@@ -425,6 +490,7 @@ impl Node {
         };
         let loaded = plan::load(&source)?;
         let mut resource = plan::local(&loaded, name, &source.node, &self.run_dir)?;
+        resource.order.check(name)?;
         let config_path = source.config.display().to_string();
         resource.runtime.handlers.environment.push(("DRBD_CONF".into(), config_path));
         let preference = match resource.front_end {
@@ -453,6 +519,8 @@ impl Node {
         debug_assert_eq!(kind, choice::FrontendKind::Nbd, "ublk is not built in");
         let running = Arc::new(Running {
             options: Mutex::new(resource.runtime.core.clone()),
+            order: Mutex::new(resource.order.clone()),
+            waiting: Mutex::default(),
             resource,
             state_dir: process::state_dir(&self.run_dir),
             handle,

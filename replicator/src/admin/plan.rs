@@ -2,6 +2,7 @@
 //! of them everything the runtime and the front ends need.
 use crate::admin::cli::GlobalOptions;
 use crate::admin::config::{self, Address, Config, Connection, Host, HostVolume, MetaDisk, Resource, table};
+use crate::admin::dependency::Order;
 use crate::admin::outcome::{self, Failure};
 use crate::admin::process;
 use crate::core::event::HandlerName;
@@ -42,6 +43,8 @@ pub struct LocalResource {
     pub nbd: Vec<NbdAddress>,
     /// Wanted front end.
     pub front_end: Preference,
+    /// `resync-after` of all volumes of this node, as the file has it now.
+    pub order: Order,
 }
 
 /// A volume of this node.
@@ -232,6 +235,7 @@ pub fn local(loaded: &Loaded, name: &str, node: &str, run_dir: &Path) -> Result<
         volumes: host.volumes.iter().map(LocalVolume::from).collect(),
         nbd,
         front_end,
+        order: Order::of(&loaded.config, node),
     })
 }
 

@@ -278,6 +278,8 @@ pub enum Input {
         /// What followed it; the core owns a count of a buffer.
         payload: Payload,
     },
+    /// A part of a frame has come in; it is not complete yet.
+    PeerAlive(SessionId),
     /// The transport is gone.
     PeerLost {
         /// Which.

@@ -270,25 +270,39 @@ impl Resource {
 
     pub(super) fn on_ping_due(&mut self) {
         let interval = self.cfg.net.ping_int_ms;
-        let Some(session) = &mut self.session else { return };
+        let Some(session) = &self.session else { return };
         let quiet_until = session.heard.plus_ms(interval);
         if self.now >= quiet_until {
-            session.ping_sent = Some(self.now);
-            self.send(Message::Ping(v1::Ping {}), Payload::None);
-            self.timers.set(Timer::PingTimeout, self.now.plus_ms(self.cfg.net.ping_timeout_ms));
+            self.ping();
             self.timers.set(Timer::Ping, self.now.plus_ms(interval));
         } else {
             self.timers.set(Timer::Ping, quiet_until);
         }
     }
 
+    /// Asks for a sign of life. One question at a time: a second one must not put off the end of the first.
+    fn ping(&mut self) {
+        let now = self.now;
+        let Some(session) = &mut self.session else { return };
+        if session.ping_sent.is_some_and(|sent| session.heard <= sent) {
+            return;
+        }
+        session.ping_sent = Some(now);
+        self.send(Message::Ping(v1::Ping {}), Payload::None);
+        self.timers.set(Timer::PingTimeout, now.plus_ms(self.cfg.net.ping_timeout_ms));
+    }
+
+    /// A part of a frame has come: the peer is alive, however slowly it drips.
+    pub(super) fn on_peer_alive(&mut self, id: SessionId) {
+        if let Some(session) = self.session.as_mut().filter(|session| session.id == id) {
+            session.heard = self.now;
+        }
+    }
+
     /// Asks the peer for a sign of life now; `false` without a connection.
     pub(super) fn probe_peer(&mut self) -> bool {
-        let Some(session) = &mut self.session else { return false };
-        session.ping_sent = Some(self.now);
-        self.send(Message::Ping(v1::Ping {}), Payload::None);
-        self.timers.set(Timer::PingTimeout, self.now.plus_ms(self.cfg.net.ping_timeout_ms));
-        true
+        self.ping();
+        self.session.is_some()
     }
 
     pub(super) fn on_ping_timeout(&mut self) {

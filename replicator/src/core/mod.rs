@@ -262,6 +262,7 @@ impl Resource {
                 self.on_peer_message(session, message, payload);
             }
             Input::PeerConnected(session) => self.on_peer_connected(session),
+            Input::PeerAlive(session) => self.on_peer_alive(session),
             Input::PeerLost { session, reason } => self.on_peer_lost(session, reason),
             Input::Admin { id, command } => self.on_admin(id, command),
             Input::Opened(volume) => self.on_opened(volume, 1),

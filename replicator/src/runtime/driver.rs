@@ -254,6 +254,11 @@ impl Driver {
                     self.lose(key, reason);
                 } else {
                     self.take_frames(key);
+                    // A frame of 1 MiB may take longer than a ping is waited for.
+                    if self.peers[key].is_amid_frame() {
+                        let session = self.peers[key].session;
+                        self.core.handle(self.now, Input::PeerAlive(session));
+                    }
                 }
             }
             (Context::PeerSend(key), Memory::Send(memory)) => {
@@ -394,6 +399,9 @@ impl Driver {
             }
             #[cfg(feature = "ublk")]
             Item::AddUblk { volume, queue, reply } => answer(reply, self.add_ublk(volume, *queue)),
+            Item::ResyncDependency { volume, waits } => {
+                self.core.handle(self.now, Input::ResyncDependency { volume, waits });
+            }
             Item::KickClients(volume) => self.kick_clients(volume),
             Item::Extents { client, command, extents } => {
                 if let Some(client) = self.clients.get_mut(client) {

@@ -279,6 +279,11 @@ impl ResourceHandle {
         answer.await.unwrap_or_else(|_| Err(self.ended()))
     }
 
+    /// `resync-after`: whether this volume waits for another one; `false` when that could not be told.
+    pub fn resync_dependency(&self, volume: VolumeNr, waits: bool) -> bool {
+        self.push(Item::ResyncDependency { volume, waits }).is_ok()
+    }
+
     /// Ends the NBD clients of a volume.
     pub fn kick_clients(&self, volume: VolumeNr) {
         if let Err(refusal) = self.push(Item::KickClients(volume)) {

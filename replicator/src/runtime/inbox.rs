@@ -37,6 +37,8 @@ pub(super) enum Item {
     PeerReplaced,
     /// A client that has finished its negotiation.
     NbdClient { volume: VolumeNr, socket: OwnedFd, negotiated: Box<Negotiated> },
+    /// What a volume comes after resyncs, or does no longer.
+    ResyncDependency { volume: VolumeNr, waits: bool },
     /// Drop the clients of a volume.
     KickClients(VolumeNr),
     /// The queue of an added ublk device, to be served from now on.

@@ -149,6 +149,11 @@ impl Peer {
         Ok(Some((head, message)))
     }
 
+    /// Whether a frame has come in part.
+    pub(super) fn is_amid_frame(&self) -> bool {
+        self.frame.is_some() || self.receiver.in_payload()
+    }
+
     /// Whether it waits for a buffer.
     pub(super) fn is_stalled(&self) -> bool {
         self.stalled

@@ -131,7 +131,7 @@ options! {
     DISK_FLUSHES: Disk, "disk-flushes", boolean(true), V8, Used;
     DISK_DRAIN: Disk, "disk-drain", boolean(true), V8, Used;
     MD_FLUSHES: Disk, "md-flushes", boolean(true), V8, Known;
-    RESYNC_AFTER: Disk, "resync-after", Kind::ResourceRef, V8, Known;
+    RESYNC_AFTER: Disk, "resync-after", Kind::ResourceRef, V8, Used;
     AL_EXTENTS: Disk, "al-extents", number(Unit::Count, 1237, 67, 65534), V8, Used;
     AL_UPDATES: Disk, "al-updates", boolean(true), V8, Used;
     DISCARD_ZEROES_IF_ALIGNED: Disk, "discard-zeroes-if-aligned", boolean(true), V8, Known;
