@@ -71,6 +71,11 @@ impl Resource {
             let text = "Congestion policy needs protocol A";
             return Err(refusal(155, text, facts, "say protocol A, or on-congestion block"));
         }
+        if net.fencing == config::Fencing::ResourceAndStonith && net.protocol == Protocol::A {
+            let facts = vec!["protocol A, fencing resource-and-stonith".to_owned()];
+            let text = "Fencing resource-and-stonith is not possible with protocol A";
+            return Err(refusal(154, text, facts, "say protocol B or C, or another fencing policy"));
+        }
         if !net.allow_two_primaries && self.role == Role::Primary && self.peer_role == Role::Primary {
             let facts = vec![format!("{} and {} are Primary", self.cfg.node_name, self.cfg.peer_name)];
             let advice = format!("on one of them: drbdadm secondary {name}; then drbdadm adjust {name}");

@@ -170,6 +170,7 @@ impl Resource {
                 self.requests.len() + self.flushes.len()
             ));
         }
+        waits.extend(self.role_waits());
         waits.extend(self.handlers_running().map(|name| format!("the handler {} to end", name.name())));
         for device in &self.devices {
             let nr = device.nr.0;

@@ -489,7 +489,8 @@ impl Resource {
         let answer = self.judge_state_request(request);
         let (result, text) = match &answer {
             Ok(()) => (1, String::new()),
-            Err(refused) => (refused.number, refused.text.clone()),
+            // The peer's operator sees these words only.
+            Err(refused) => (refused.number, words_for_peer(refused)),
         };
         let answer_message = v1::StateReply { id: request.id, result, text, value: 0 };
         self.send(Message::StateReply(answer_message), Payload::None);
@@ -595,12 +596,15 @@ impl Resource {
             return;
         }
         let refused = (reply.result < 1).then(|| {
-            refusal(
-                reply.result,
-                "State change was refused by peer node",
-                vec![format!("{} says: {}", self.cfg.peer_name, reply.text)],
-                &format!("drbdadm status {}", self.cfg.name),
-            )
+            let mut facts = vec![format!("{} says: {}", self.cfg.peer_name, reply.text)];
+            facts.extend(self.devices.iter().map(|device| {
+                format!(
+                    "volume {}: here {}, disk {}, replication {}; the peer is {}, its disk {}",
+                    device.nr.0, self.role, device.disk, device.repl, self.peer_role, device.peer_disk
+                )
+            }));
+            let advice = format!("drbdadm status {} on both nodes", self.cfg.name);
+            refusal(reply.result, "State change was refused by peer node", facts, &advice)
         });
         if let Some(change) = &mut self.role_change
             && change.step == RoleStep::AskPeer(reply.id)
@@ -695,6 +699,55 @@ impl Resource {
         self.send_state();
     }
 
+    /// What verbs about roles, and those that need the peer's consent, wait for.
+    pub(super) fn role_waits(&self) -> Vec<String> {
+        let peer = &self.cfg.peer_name;
+        let mut waits = Vec::new();
+        if let Some(change) = &self.role_change {
+            waits.push(match change.step {
+                RoleStep::Receive => {
+                    "writes of the lost connection to reach the disk before this node becomes Primary".into()
+                }
+                RoleStep::Probe => format!("{peer}, which is Primary, to show that it is alive"),
+                RoleStep::AskPeer(_) => format!("{peer} to agree that this node becomes Primary"),
+                RoleStep::Fence(_) => {
+                    format!("the handler fence-peer to say that {peer} cannot be Primary")
+                }
+                RoleStep::Promote => "the superblock to say Primary".into(),
+                RoleStep::Drain => format!("writes in flight and {peer} before this node becomes Secondary"),
+                RoleStep::Settle => "data and bitmap to be stable before this node becomes Secondary".into(),
+                RoleStep::Demote => "the superblock to say Secondary".into(),
+            });
+        }
+        for asked in self.asked.iter().filter(|asked| asked.reply != Reply::Nobody) {
+            let nr = self.devices[asked.volume].nr.0;
+            let what = match asked.kind {
+                Kind::StartFullSyncAsTarget | Kind::StartSyncAsTarget => "a resync to here",
+                Kind::StartFullSyncAsSource | Kind::StartSyncAsSource => "a resync from here",
+                Kind::SkipInitialSync => "skipping the initial resync",
+                Kind::StartVerify => "a verify",
+                Kind::Outdate => "being outdated",
+                Kind::Promote | Kind::Detach | Kind::ResizeAsk | Kind::ResizeCommit => "a change",
+            };
+            waits.push(format!("volume {nr}: {peer} to agree to {what}"));
+        }
+        for device in &self.devices {
+            let replies =
+                device.md_waiters.iter().filter(|(_, then)| matches!(then, SuperblockThen::Reply(_)));
+            let replies = replies.count();
+            if replies > 0 {
+                waits.push(format!(
+                    "volume {}: the superblock to be durable ({replies} verb(s))",
+                    device.nr.0
+                ));
+            }
+        }
+        if self.down.is_some() {
+            waits.push("demotion and detach of everything (down)".into());
+        }
+        waits
+    }
+
     /// The connection ended while the peer was asked.
     pub(super) fn role_session_lost(&mut self) {
         for asked in std::mem::take(&mut self.asked) {
@@ -717,4 +770,13 @@ impl Resource {
             self.promote(change.reply, change.force);
         }
     }
+}
+
+/// A refusal as one line for the other node.
+fn words_for_peer(refused: &Refusal) -> String {
+    let mut words = refused.text.clone();
+    if !refused.facts.is_empty() {
+        words.push_str(&format!(" ({})", refused.facts.join("; ")));
+    }
+    words
 }
