@@ -2,9 +2,11 @@
 //! the table is there for the history it is named after.
 use lockstep_replicator::core::compare::{Comparison, Fix, Rule, Side, Verdict, compare};
 use lockstep_replicator::core::config::{AfterSb0Pri, AfterSb1Pri, AfterSb2Pri, Protocol, RrConflict};
+use lockstep_replicator::core::explain::{Decision, Names};
 use lockstep_replicator::core::policy::{Decided, Obstacle, Outcome, Policies, Reason, decide};
 use lockstep_replicator::core::state::{DiskState, Role};
 use lockstep_replicator::core::uuid::{SYNC_START_OFFSET, UuidSet};
+use lockstep_replicator::units::{Time, VolumeNr};
 use std::collections::BTreeSet;
 
 const OFF: u64 = SYNC_START_OFFSET;
@@ -288,6 +290,66 @@ fn all_split_brain_policies_lead_to_mirrored_outcomes() {
             }
         }
     }
+}
+
+/// What is said about a decision names both nodes and a command of the resource, on both sides; what both are told
+/// to do is possible: only one of them is asked to give way.
+#[test]
+fn every_decision_can_be_told_in_words() {
+    let names = Names { resource: "r0".into(), me: "alpha".into(), peer: "beta".into() };
+    let (mut rules, mut outcomes, mut reasons) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
+    let mut told = |me: &Side, peer: &Side, policies: &Policies, dry_run: bool| {
+        let decided = check_decision(me, peer, policies);
+        rules.insert(decided.comparison.rule);
+        outcomes.insert(format!("{:?}", decided.outcome));
+        reasons.extend(decided.reasons.iter().map(|reason| format!("{reason:?}")));
+        let number = format!("rule {}: ", decided.comparison.rule.number());
+        let line = format!("uuid_compare()={} by rule", decided.comparison.verdict.number());
+        let decision =
+            Decision { at: Time(0), volume: VolumeNr(0), mine: *me, theirs: *peer, decided, dry_run };
+        let text = decision.explain(&names);
+        assert!(text.contains("alpha (this node)") && text.contains("beta"), "{text}");
+        assert!(text.contains(&number), "{text}");
+        let so = if dry_run { "\nwould follow: " } else { "\nso: " };
+        assert_eq!(text.matches(so).count(), 1, "{text}");
+        let next = text.lines().last().unwrap_or_default();
+        assert!(next.starts_with("next: ") && next.contains("drbdadm ") && next.contains("r0"), "{text}");
+        assert!(decision.to_string().contains(&line), "{decision}");
+        assert!(!decision.what_would_happen().is_empty());
+        let gives_way = next.contains("secondary r0; then");
+        assert!(!gives_way || next.contains("on alpha") != next.contains("on beta"), "{text}");
+    };
+    let rr = [
+        (RrConflict::Disconnect, RrConflict::Violently),
+        (RrConflict::CallPriLost, RrConflict::RetryConnect),
+        (RrConflict::AutoDiscard, RrConflict::AutoDiscard),
+        (RrConflict::RetryConnect, RrConflict::RetryConnect),
+        (RrConflict::Disconnect, RrConflict::Disconnect),
+    ];
+    let histories = examples().into_iter().map(|(mine, theirs, ..)| (mine, theirs));
+    for (mine, theirs) in histories.chain([([0x200, 0, 0, 0], [0x200, 0, 0, 0])]) {
+        for (mine, theirs) in [(mine, theirs), (theirs, mine)] {
+            for (n, me) in all_states(mine, true).iter().enumerate() {
+                for (m, peer) in all_states(theirs, false).iter().enumerate() {
+                    let (rr_conflict, peer_rr_conflict) = rr[(n + m) % rr.len()];
+                    let policies = Policies {
+                        protocol: [Protocol::A, Protocol::C][n % 2],
+                        after_sb_0pri: AfterSb0Pri::ALL[(n + m) % AfterSb0Pri::ALL.len()],
+                        after_sb_1pri: AfterSb1Pri::ALL[(n + 2 * m) % AfterSb1Pri::ALL.len()],
+                        after_sb_2pri: AfterSb2Pri::ALL[(n + 3 * m) % AfterSb2Pri::ALL.len()],
+                        always_asbp: m % 2 == 0,
+                        rr_conflict,
+                        peer_rr_conflict,
+                    };
+                    told(me, peer, &policies, m % 3 == 0);
+                }
+            }
+        }
+    }
+    let missing: Vec<_> = Rule::ALL.iter().filter(|rule| !rules.contains(rule)).collect();
+    assert!(missing.is_empty(), "rules never told: {missing:?}");
+    assert!(outcomes.len() >= 13, "{outcomes:?}");
+    assert!(reasons.len() >= 20, "{reasons:?}");
 }
 
 /// A split brain in which we were Primary first and changed `mine` blocks.

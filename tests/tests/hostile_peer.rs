@@ -90,7 +90,7 @@ fn message(rng: &mut Rng, known: &[u64], ids: &[u64]) -> (Message, u64) {
         want_write_ack: rng.percent(50),
     };
     let blocks = 1 + rng.below(64);
-    match rng.below(30) {
+    match rng.below(38) {
         0 | 1 => (Message::Data(data), blocks),
         2 => (Message::Discard(trim), 0),
         3 => (Message::WriteZeroes(trim), 0),
@@ -158,6 +158,34 @@ fn message(rng: &mut Rng, known: &[u64], ids: &[u64]) -> (Message, u64) {
             }),
             0,
         ),
+        29 => (Message::OvRequest(ask), 0),
+        30 => {
+            let digest =
+                v1::ChecksumReply { volume, request: id, readable: rng.percent(80), ..Default::default() };
+            (Message::OvReply(digest), 0)
+        }
+        31 => (Message::OvResult(v1::OutOfSync { volume, sector, nr_sectors }), 0),
+        32 => {
+            let (found_bits, skipped_bits) = (number(rng, 3), number(rng, 3));
+            (Message::VerifyFinished(v1::VerifyFinished { volume, found_bits, skipped_bits }), 0)
+        }
+        33 => (Message::RsIsInSync(reply), 0),
+        34 => {
+            let request =
+                v1::ChecksumRequest { volume, sector, nr_sectors, request: id, ..Default::default() };
+            (Message::RsChecksumRequest(request), 0)
+        }
+        35 => (
+            Message::ProtocolUpdate(v1::ProtocolUpdate {
+                protocol: small(rng, 5),
+                allow_two_primaries: rng.percent(30),
+                after_sb_0pri: small(rng, 12),
+                after_sb_1pri: small(rng, 8),
+                after_sb_2pri: small(rng, 6),
+            }),
+            0,
+        ),
+        36 => (Message::DataReply(reply), 0),
         _ => (Message::Hello(hello(rng)), 0),
     }
 }
