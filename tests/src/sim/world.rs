@@ -72,7 +72,7 @@ impl Options {
             ordered: String::new(),
             verbose,
             compare: std::env::var_os("SIM_COMPARE").is_some(),
-            planted: None,
+            planted: planted_from_environment(),
         }
     }
 
@@ -81,6 +81,14 @@ impl Options {
     pub fn name(&self) -> String {
         format!("seed {}{}{}", self.seed, if self.mixed { "" } else { " --plain" }, self.ordered)
     }
+}
+
+/// The defect that a negative control asks for; none in any other build.
+fn planted_from_environment() -> Option<Fault> {
+    #[cfg(feature = "planted-faults")]
+    return crate::planted::from_environment();
+    #[cfg(not(feature = "planted-faults"))]
+    None
 }
 
 /// Latencies: most IO takes the short time, some ten times that, a few in a hundred the long one.
