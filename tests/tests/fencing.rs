@@ -226,6 +226,29 @@ fn a_promotion_without_the_peer_needs_it_fenced() {
     quiet(&mut world);
 }
 
+/// A handler that hangs holds nothing up once the peer itself can be asked (`sim --seed 70 --features fencing`).
+#[test]
+fn a_promotion_does_not_wait_for_a_hanging_handler_once_the_peer_is_back() {
+    for force in [false, true] {
+        let mut world = fenced_pair(8105, Fencing::ResourceOnly);
+        assert_eq!(verb(&mut world, 0, "secondary", AdminCommand::Secondary), Ok(()));
+        world.cut(true);
+        pass(&mut world, 200);
+        handler_says(&mut world, 0, FENCE, None);
+        let id = world.admin(0, "primary", AdminCommand::Primary { force });
+        pass(&mut world, 5000);
+        assert!(!world.nodes[0].answers.contains_key(&id));
+        world.heal();
+        within(&mut world, 2000, |w| w.nodes[0].answers.contains_key(&id));
+        assert_eq!((&world.nodes[0].answers[&id], world.is_primary(0)), (&Ok(()), true));
+        // What it says now counts no longer.
+        late_answer(&mut world, 0, FENCE, 0, 6);
+        load(&mut world, 0, 3);
+        quiet(&mut world);
+        assert!(world.is_primary(0));
+    }
+}
+
 #[test]
 fn force_goes_past_a_handler_that_fails() {
     let mut world = fenced_pair(8110, Fencing::ResourceAndStonith);

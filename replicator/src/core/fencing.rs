@@ -146,6 +146,7 @@ impl Resource {
         if self.conn == ConnState::Connected {
             self.fence.asked = None;
             self.fence.failed = None;
+            self.promotion_needs_no_fence();
         }
         if self.suspension.is_frozen() {
             let taking = |device: &super::device::Device| {

@@ -144,6 +144,13 @@ impl Resource {
         }
     }
 
+    /// A promotion that waits for a handler, with the peer back: there is nothing left to ask it.
+    pub(super) fn promotion_needs_no_fence(&mut self) {
+        if let Some(RoleStep::Fence(token)) = self.role_change.as_ref().map(|change| change.step) {
+            self.promotion_fence_done(token);
+        }
+    }
+
     fn check_promote(&self, force: bool) -> Result<(), Refusal> {
         let name = &self.cfg.name;
         if self.role_change.is_some() {

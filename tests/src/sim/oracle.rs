@@ -22,6 +22,7 @@ use lockstep_replicator::core::event::{AdminCommand, Event, Payload};
 use lockstep_replicator::core::explain::Decision;
 use lockstep_replicator::core::policy::Outcome;
 use lockstep_replicator::core::state::{ConnState, DiskState, ReplState, Role};
+use lockstep_replicator::core::status::States;
 use lockstep_replicator::core::uuid::masked;
 use lockstep_replicator::meta::{UUID_JUST_CREATED, flags};
 use lockstep_replicator::units::{BITS_PER_AL_EXTENT, BlockRange, VolumeNr};
@@ -173,8 +174,10 @@ impl World {
 
     pub(super) fn flush_acked(&mut self, node: usize, volume: usize, issued: u64) {
         // A copy whose disk is gone, perhaps because of this very flush, has promised nothing.
-        let mut nodes =
-            [0, 1].map(|node| self.states(node, volume).is_some_and(|s| s.disk >= DiskState::Inconsistent));
+        // Nor has one that is about to be overwritten from the other, however long its handlers think.
+        let chosen = |repl| matches!(repl, ReplState::WFBitMapT | ReplState::WFSyncUUID);
+        let keeps = |s: States| s.disk >= DiskState::Inconsistent && !chosen(s.replication);
+        let mut nodes = [0, 1].map(|node| self.states(node, volume).is_some_and(keeps));
         nodes[1 - node] &= self.options.net.protocol == Protocol::C && self.nodes[node].session.is_some();
         self.history.flushed(volume, issued, nodes);
     }
@@ -233,8 +236,14 @@ impl World {
         }
     }
 
-    pub(super) fn oracle_crash(&mut self, node: usize, power: bool) {
+    pub(super) fn oracle_crash(&mut self, node: usize, power: bool, was_primary: bool) {
         self.oracle.quiet = false;
+        // It stopped within its promotion: the generation that it began is on its disk, and nobody who
+        // reads that can tell whether a write of it completed (I2).
+        let began = |disk: &super::disk::Disk| {
+            disk.meta.superblock().is_some_and(|sb| sb.flags & flags::PRIMARY_IND != 0 && sb.uuid[1] != 0)
+        };
+        self.oracle.went_on[node] |= !was_primary && self.nodes[node].disks.iter().any(began);
         let past = &mut self.oracle.past[node];
         past.crashed = self.now;
         if power {
@@ -244,6 +253,11 @@ impl World {
                     self.settle(node, node, volume, "loses power");
                 }
             }
+        }
+        if self.oracle.verbs.values().any(|verb| matches!(verb, Verb::Voids { .. })) {
+            // Nobody will answer, and it may be done.
+            self.oracle.full_allowed = true;
+            self.oracle.touch_all();
         }
         self.oracle.verbs.clear();
         self.check_marks();
@@ -385,7 +399,14 @@ impl World {
     fn target_complete(&mut self, node: usize, volume: usize) {
         self.history.adopt_view(1 - node, node, volume, true);
         self.oracle.was_target[node][volume] = false;
-        self.oracle.went_on = [false; 2];
+        // A decision holds for all volumes, and some may still be at their resync.
+        let awaits = |volume: usize| {
+            let chosen = |s: States| matches!(s.replication, ReplState::WFBitMapT | ReplState::WFSyncUUID);
+            self.oracle.was_target[node][volume] || self.states(node, volume).is_some_and(chosen)
+        };
+        if !(0..self.volumes()).any(awaits) {
+            self.oracle.went_on = [false; 2];
+        }
         let good = |volume| self.states(node, volume).is_some_and(|s| s.disk == DiskState::UpToDate);
         if (0..self.volumes()).all(good) {
             self.oracle.voided[node] = false;

@@ -135,7 +135,8 @@ impl Run<'_> {
     /// A run in which nobody was Primary for long gets its load at the end.
     fn enough(&mut self) {
         let mut rounds = 0;
-        while self.world.good_requests + self.world.failed_requests < ENOUGH_IOS && rounds < 60 {
+        let few = |world: &World| world.good_requests + world.failed_requests < ENOUGH_IOS;
+        while self.world.broken.is_none() && few(&self.world) && rounds < 60 {
             rounds += 1;
             self.tend(self.plan.first);
             self.pump(2000, |world| (0..2).any(|node| world.is_primary(node)));

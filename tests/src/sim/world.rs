@@ -404,6 +404,7 @@ impl World {
         }
         self.suspended[node] = None;
         self.trace(|| format!("n{node} {}", if power { "loses power" } else { "is killed" }));
+        let was_primary = self.is_primary(node);
         self.net_node_gone(node, power);
         if let Some(fate) = self.meta_fate {
             for (_, (volume, write)) in std::mem::take(&mut self.nodes[node].metas) {
@@ -417,7 +418,7 @@ impl World {
             }
         }
         self.history.unland(node, &lost);
-        self.oracle_crash(node, power);
+        self.oracle_crash(node, power, was_primary);
     }
 
     // ---- application ----------------------------------------------------------------------------
