@@ -8,7 +8,8 @@
 //! generation begins, so a peer promoted by force meanwhile is found to be a split brain and not taken
 //! for the newer copy. The way back is an ordinary resync; nothing is pulled ahead while it runs, so it
 //! ends. What pulls ahead again soon after waits twice as long each time before it goes back: a peer
-//! that is too slow for its application must not make both flap for days.
+//! that is too slow for its application must not make both flap for days. An application at rest
+//! ends the pause.
 //!
 //! `block` needs no code: the send queue and the buffers are bounded.
 use super::Resource;
@@ -24,6 +25,8 @@ use lockstep_proto::limits;
 /// From the last barrier ack to the way back, ms: at first, and at most.
 const FIRST_PAUSE_MS: u64 = 1000;
 const LAST_PAUSE_MS: u64 = 300_000;
+/// An application that wrote nothing for so long ends the pause: there is nothing to be too slow for.
+const CALM_MS: u64 = 5000;
 /// In sync for so many pauses: the next congestion is a new one.
 const FORGIVEN_AFTER: u64 = 10;
 
@@ -34,6 +37,8 @@ pub(super) struct Congestion {
     through: Option<EpochNr>,
     /// When the way back begins, once all of that is stable on the peer.
     back_at: Option<Time>,
+    /// The last write that was only noted.
+    noted_at: Time,
     /// How long the next pause is.
     pause_ms: u64,
     /// When the last way back ended.
@@ -109,6 +114,7 @@ impl Resource {
             (congestion.pause_ms * 2).clamp(FIRST_PAUSE_MS, LAST_PAUSE_MS)
         };
         (congestion.through, congestion.back_at) = (through, None);
+        congestion.noted_at = now;
         self.note(
             Severity::Warning,
             format!(
@@ -139,10 +145,21 @@ impl Resource {
                 device.congestion.back_at = Some(at);
                 self.timers.bring_forward(Timer::Ahead, at);
             }
-            Some(at) if now >= at => self.go_back(volume),
-            Some(at) => self.timers.bring_forward(Timer::Ahead, at),
+            Some(at) => {
+                let due = at.min(device.congestion.noted_at.plus_ms(CALM_MS));
+                if now >= due {
+                    self.go_back(volume);
+                } else {
+                    self.timers.bring_forward(Timer::Ahead, due);
+                }
+            }
             None => {}
         }
+    }
+
+    /// A write was noted and not mirrored.
+    pub(super) fn note_write_ahead(&mut self, volume: usize) {
+        self.devices[volume].congestion.noted_at = self.now;
     }
 
     fn go_back(&mut self, volume: usize) {
@@ -194,7 +211,7 @@ impl Resource {
         match device.repl {
             ReplState::Ahead => Some(match device.congestion.back_at {
                 Some(at) => format!(
-                    "volume {nr}: a pause of {} s after congestion, then the resync of {peer}",
+                    "volume {nr}: a pause of {} s after congestion, or writes to rest, then the resync of {peer}",
                     at.ms_since(now).div_ceil(1000)
                 ),
                 None => format!(

@@ -297,6 +297,7 @@ impl Resource {
             MirrorMode::Data => self.mirror_write(key),
             MirrorMode::Note => {
                 // Mark first, then announce (S03).
+                self.note_write_ahead(volume);
                 let range = self.requests[key].range;
                 if !self.planted(Fault::NoteWithoutMark) {
                     self.devices[volume].mark(range);
