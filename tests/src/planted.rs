@@ -105,20 +105,21 @@ pub fn report(found: &[(Fault, Option<Caught>)], seeds: u64) -> String {
     text
 }
 
-/// What the report says noticed each defect, by name.
+/// What the report says noticed each defect, by name, and the random runs that were tried.
 #[must_use]
-pub fn known(report: &str) -> BTreeMap<String, By> {
+pub fn known(report: &str) -> BTreeMap<String, (By, u64)> {
     let rows = report.lines().filter(|line| line.starts_with("| `"));
     rows.filter_map(|row| {
         let mut cells = row.split('|').map(str::trim).skip(1);
         let name = cells.next()?.trim_matches('`').to_owned();
         let by = cells.nth(1)?;
+        let runs = cells.next()?.split(' ').next_back()?.parse().ok()?;
         let by = match by.split_once(' ')? {
             ("seed", seed) => By::Seed(seed.parse().ok()?),
             ("scenario", name) => By::Scenario(name.to_owned()),
             _ => return None,
         };
-        Some((name, by))
+        Some((name, (by, runs)))
     })
     .collect()
 }

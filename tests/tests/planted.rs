@@ -95,10 +95,19 @@ fn by_scenario(fault: Fault, name: &str) -> Option<Caught> {
     failed.then(|| Caught { by: By::Scenario(name.to_owned()), runs: 0, how })
 }
 
+/// What noticed a defect once, asked again.
+fn again(fault: Fault, by: &By) -> Option<Caught> {
+    match by {
+        By::Seed(seed) => by_seed(fault, *seed),
+        By::Scenario(name) => by_scenario(fault, name),
+    }
+}
+
 /// The quickest of the scenarios that notice a defect.
 fn by_any_scenario(fault: Fault) -> Option<Caught> {
-    let skip = ["--skip", "planted_defects", "--test-threads", "2"];
-    let (text, _) = scenarios(fault, &skip, Duration::from_secs(600));
+    let suite = std::env::var("LOCKSTEP_PLANTED_SUITE").unwrap_or_default();
+    let some = [&*suite, "--skip", "planted_defects", "--test-threads", "2"];
+    let (text, _) = scenarios(fault, &some, Duration::from_secs(600));
     let failed: BTreeSet<&str> =
         text.lines().filter_map(|line| line.strip_prefix("test ")?.strip_suffix(" ... FAILED")).collect();
     println!("{}: {} scenarios fail: {failed:?}", fault.name(), failed.len());
@@ -123,12 +132,8 @@ fn planted_defects_are_noticed() {
         Fault::ALL.iter().copied().filter(|fault| known.contains_key(fault.name())).collect();
     assert!(demanded.len() >= DEMANDED, "only {} planted defects are noticed", demanded.len());
     let result = each(&demanded, |fault| {
-        let by = &known[fault.name()];
-        let again = match by {
-            By::Seed(seed) => by_seed(fault, *seed),
-            By::Scenario(name) => by_scenario(fault, name),
-        };
-        again.or_else(|| {
+        let (by, _) = &known[fault.name()];
+        again(fault, by).or_else(|| {
             let caught = by_seeds(fault, 1..=SPARE_SEEDS)?;
             println!(
                 "{}: {by:?} does not notice it any more, {:?} does: .ci/planted find",
@@ -158,9 +163,15 @@ fn planted_defects_find() {
     let asked: Vec<Fault> = (Fault::ALL.iter().copied())
         .filter(|fault| only.is_empty() || only.split_whitespace().any(|name| name == fault.name()))
         .collect();
+    // What noticed a defect before is asked first, if only what is lost shall be found again.
+    let old = std::fs::read_to_string(report_path()).unwrap_or_default();
+    let old = if number("LOCKSTEP_PLANTED_UPDATE", 0) == 1 { known(&old) } else { known("") };
     let found = each(&asked, |fault| {
         let begin = Instant::now();
-        let caught = by_seeds(fault, 1..=seeds)
+        let kept = old.get(fault.name());
+        let caught = kept
+            .and_then(|(by, runs)| Some(Caught { runs: *runs, ..again(fault, by)? }))
+            .or_else(|| by_seeds(fault, 1..=seeds))
             .or_else(|| by_any_scenario(fault).map(|caught| Caught { runs: seeds, ..caught }));
         let seconds = begin.elapsed().as_secs();
         match &caught {
