@@ -1,5 +1,5 @@
-//! Promises that only show when something ends at the wrong moment: each of these noticed a planted defect that
-//! nothing else did (`docs/planted-faults.md`).
+//! Promises that only show when something ends at the wrong moment. Two of these noticed a planted defect that
+//! nothing else did; see `docs/planted-faults.md`.
 use lockstep_replicator::core::event::{AdminCommand, Event, RequestOp};
 use lockstep_replicator::core::state::{ConnState, DiskState};
 use lockstep_replicator::meta::flags;
