@@ -20,6 +20,7 @@ fn side(uuids: [u64; 4]) -> Side {
         out_of_sync_bits: 0,
         foreign_bits: 0,
         discard_my_data: false,
+        was_told_more: false,
         tie: false,
     }
 }
@@ -509,6 +510,23 @@ fn a_diskless_primary_meets_only_data_that_follows_what_it_was_shown() {
     ] {
         let expected = if fits { Outcome::NoSync } else { Outcome::Refuse(Obstacle::NotTheDataLostLast) };
         assert_eq!(check_decision(&shown, &side(peer), &policies()).outcome, expected, "{peer:x?}");
+    }
+}
+
+#[test]
+fn a_primary_without_a_good_disk_does_not_go_back_to_what_misses_acknowledged_writes() {
+    let refused = Outcome::Refuse(Obstacle::NotTheDataLostLast);
+    let peer = side([0x200, 0, 0, 0]);
+    for disk in [DiskState::Diskless, DiskState::Inconsistent, DiskState::Outdated] {
+        let primary = Side { disk, role: Role::Primary, out_of_sync_bits: 3, ..peer };
+        assert_ne!(check_decision(&primary, &peer, &policies()).outcome, refused, "{disk}");
+        let told = Side { was_told_more: true, ..primary };
+        assert_eq!(check_decision(&told, &peer, &policies()).outcome, refused, "{disk}");
+        // Who holds nothing good is read by nobody, and gets what this node has.
+        let bad = Side { disk: DiskState::Inconsistent, ..peer };
+        if disk != DiskState::Inconsistent {
+            assert_ne!(check_decision(&told, &bad, &policies()).outcome, refused, "{disk}");
+        }
     }
 }
 

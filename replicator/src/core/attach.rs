@@ -101,7 +101,7 @@ impl Resource {
         let exposed = masked(device.exposed_uuid);
         if self.role == Role::Primary && device.repl == ReplState::Off && exposed != 0 {
             let found = masked(superblock.uuid[0]);
-            if found != exposed || device.missed_writes {
+            if !shows(exposed, superblock.uuid[0], superblock.uuid[1]) || device.missed_writes {
                 let mut facts = vec![
                     format!("the application was shown generation {exposed:016X}"),
                     format!("the disk holds generation {found:016X}"),
@@ -307,8 +307,9 @@ impl Resource {
     pub(super) fn disk_state_alone(&self, volume: usize) -> DiskState {
         let device = &self.devices[volume];
         let shown = masked(device.exposed_uuid);
+        let UuidSet { current, bitmap, .. } = device.uuids;
         let older = self.role == Role::Primary
-            && ((shown != 0 && shown != masked(device.uuids.current)) || device.missed_writes);
+            && ((shown != 0 && !shows(shown, current, bitmap)) || device.missed_writes);
         match device.md_disk {
             DiskState::Consistent | DiskState::UpToDate if older => DiskState::Outdated,
             DiskState::Consistent if self.stays_consistent(volume) => DiskState::Consistent,
@@ -435,6 +436,34 @@ impl Resource {
         }
     }
 
+    /// The peer is gone, or its disk, while the last good copy of a Primary was on its way out: it stays,
+    /// if it still has all that the application was told of (SEM §6, -2).
+    pub(super) fn keep_last_copy(&mut self, volume: usize) {
+        let device = &mut self.devices[volume];
+        let whole =
+            device.md_disk == DiskState::UpToDate && !device.missed_writes && device.uuids.bitmap == 0;
+        let draining =
+            matches!(device.procedure, Some(DiskProcedure::Detach { step: DetachStep::Drain, .. }));
+        if !self.md_primary || !whole || !draining || device.peer_readable() {
+            return;
+        }
+        // The peer started a generation when it heard of the detach, and nothing was acknowledged under it
+        // that is not here, too. Without knowing its name both would go on from the old one.
+        let Some(at_peer) = device.went_on_at_peer.take() else { return };
+        let Some(DiskProcedure::Detach { reply, .. }) = device.procedure.take() else { return };
+        device.uuids.bump_keeping_base(masked(at_peer) | 1);
+        self.set_disk(volume, DiskState::UpToDate);
+        let name = format!("{}/{}", self.cfg.name, self.devices[volume].nr.0);
+        let facts = vec![
+            format!(
+                "{name} is Primary here and this disk became the last good copy while it was being detached"
+            ),
+            format!("the peer's disk is {}, connection {}", self.devices[volume].peer_disk, self.conn),
+        ];
+        let advice = format!("drbdadm secondary {}, then detach", self.cfg.name);
+        self.reply(reply, Err(refusal(-2, "Need access to UpToDate data", facts, &advice)));
+    }
+
     fn finish_detach(&mut self, volume: usize) {
         let Some(DiskProcedure::Detach { reply, .. }) = self.devices[volume].procedure.take() else { return };
         self.release_disk(volume);
@@ -453,7 +482,9 @@ impl Resource {
             .and_then(|session| session.handshake.peer_generation(nr));
         let device = &mut self.devices[volume];
         let went_on = device.went_on_at_peer.take();
-        device.exposed_uuid = at_peer.or(went_on).unwrap_or(device.uuids.current);
+        // A generation that never became durable was shown to nobody, and no copy may have it.
+        let own = device.shown_before_gate.take().unwrap_or(device.uuids.current);
+        device.exposed_uuid = at_peer.or(went_on).unwrap_or(own);
         device.found = None;
         device.md_clean = false;
         device.md_disk = DiskState::Diskless;
@@ -561,6 +592,7 @@ impl Resource {
             device.missed_writes = false;
             device.untold_loss = false;
             device.retry = super::repair::Retry::default();
+            device.peer_may_miss = None;
         }
         let nr = device.nr;
         self.event(Event::Disk(nr, old, new));
@@ -586,7 +618,14 @@ impl Resource {
     }
 }
 
-/// Which changes of the own disk state exist (SEM §5). The last arm is "no".
+/// Whether a disk of these identifiers holds what the application was shown: that generation, or the one
+/// that this node was about to go on to from it, under which nothing was acknowledged.
+fn shows(shown: u64, current: u64, bitmap: u64) -> bool {
+    [current, bitmap].iter().any(|uuid| masked(*uuid) == masked(shown))
+}
+
+/// Which changes of the own disk state exist (SEM §5), and Detaching to UpToDate: a detach is called off
+/// when this turns out to be the last good copy. The last arm is "no".
 #[expect(clippy::match_like_matches_macro, reason = "a table of edges, whose last arm is \"no\"")]
 const fn legal_disk_edge(old: DiskState, new: DiskState) -> bool {
     use DiskState::{
@@ -601,7 +640,7 @@ const fn legal_disk_edge(old: DiskState, new: DiskState) -> bool {
             Inconsistent | Outdated | Consistent | UpToDate,
             Inconsistent | Outdated | Consistent | UpToDate,
         ) => true,
-        (Detaching, Failed) => true,
+        (Detaching, Failed | UpToDate) => true,
         _ => false,
     }
 }

@@ -38,6 +38,15 @@ pub(super) enum MirrorMode {
     Nothing,
 }
 
+/// Why the peer may miss acknowledged writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum MayMiss {
+    /// Some were only on their way to it (protocol A).
+    Surely,
+    /// Some were in its memory or cache only: another life than this one has forgotten them.
+    IfNotAlive(u64),
+}
+
 /// Counters for `status`.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Counters {
@@ -72,6 +81,11 @@ pub(super) struct Device {
     /// While the own disk is being detached: the generation the peer went on to with writes that only it
     /// takes. The application is shown that one, whether the peer is there at the end or not.
     pub(super) went_on_at_peer: Option<u64>,
+    /// The generation the application was shown last, while the one that follows is not durable: nothing
+    /// was acknowledged under that one yet.
+    pub(super) shown_before_gate: Option<u64>,
+    /// The peer may miss writes that the application was told of and that were on this disk, which is gone.
+    pub(super) peer_may_miss: Option<MayMiss>,
     /// Agreed size; 0 when unknown.
     pub(super) size: SectorCount,
     /// Usable sectors of the own disk; 0 when diskless.
@@ -170,6 +184,8 @@ impl Device {
             exposed_uuid: 0,
             missed_writes: false,
             went_on_at_peer: None,
+            shown_before_gate: None,
+            peer_may_miss: None,
             size: SectorCount(0),
             capacity: SectorCount(0),
             peer_capacity: SectorCount(0),

@@ -123,7 +123,7 @@ impl Decision {
                 "the node that should be SyncSource has no usable disk, would not connect".into()
             }
             Outcome::Refuse(Obstacle::NotTheDataLostLast) => {
-                "a diskless Primary would be shown older data, would not connect".into()
+                "a Primary without a good disk would be shown older data, would not connect".into()
             }
         }
     }
@@ -396,7 +396,7 @@ impl Decision {
                 "if the data of one node shall count although its disk is not known to be good, there: drbdadm primary --force {resource}; then on both: drbdadm connect {resource}"
             ),
             Outcome::Refuse(Obstacle::NotTheDataLostLast) => format!(
-                "attach the disk of the Primary again (drbdadm attach {resource}), or stop the application and drbdadm secondary {resource} there"
+                "attach the disk of the Primary again (drbdadm attach {resource}), or stop the application and drbdadm secondary {resource} there; then on both: drbdadm connect {resource}"
             ),
             Outcome::NoSync if self.decided.comparison.rule == Rule::BothJustCreated => format!(
                 "on the node whose data counts: drbdadm primary --force {resource}; or, if both are empty: drbdadm new-current-uuid --clear-bitmap {resource}"

@@ -8,6 +8,7 @@
 //! decision: verbs wait, a failing disk drops the session.
 use super::compare::{Fix, Rule, Side};
 use super::config::{AfterSb0Pri, AfterSb1Pri, AfterSb2Pri, RrConflict};
+use super::device::MayMiss;
 use super::event::{Event, HandlerName, Payload, Severity};
 use super::explain::Decision;
 use super::fault::Fault;
@@ -26,6 +27,7 @@ mod uuid_flags {
     pub(super) const DISCARD_MY_DATA: u32 = 1;
     pub(super) const CRASHED_PRIMARY: u32 = 2;
     pub(super) const INCONSISTENT: u32 = 4;
+    pub(super) const WAS_TOLD_MORE: u32 = 16;
 }
 
 /// Volumes of a resource at most.
@@ -251,6 +253,9 @@ impl Resource {
         if disk == DiskState::Inconsistent {
             flags |= uuid_flags::INCONSISTENT;
         }
+        if self.was_told_more(volume) {
+            flags |= uuid_flags::WAS_TOLD_MORE;
+        }
         v1::VolumeInfo {
             phase: phase.into(),
             volume: u32::from(device.nr.0),
@@ -269,6 +274,18 @@ impl Resource {
             discard_supported: device.discard,
             last_of_handshake: 0,
         }
+    }
+
+    /// The application here knows of writes that this peer may miss, and no good disk here has them.
+    fn was_told_more(&self, volume: usize) -> bool {
+        let life = self.session.as_ref().map(|session| session.peer_life);
+        self.role == Role::Primary
+            && self.devices[volume].disk != DiskState::UpToDate
+            && match self.devices[volume].peer_may_miss {
+                None => false,
+                Some(MayMiss::Surely) => true,
+                Some(MayMiss::IfNotAlive(then)) => life != Some(then),
+            }
     }
 
     pub(super) fn send_volume_info(&mut self, volume: usize, phase: Phase) {
@@ -357,6 +374,17 @@ impl Resource {
                 }
                 self.decide_volume(volume);
                 self.run_parked();
+            }
+        }
+    }
+
+    /// The peer's copy is at this node's generation from now on, whatever it said when the nodes met.
+    pub(super) fn peer_got_our_generation(&mut self, volume: usize) {
+        let nr = u32::from(self.devices[volume].nr.0);
+        let current = self.devices[volume].uuids.current;
+        if let Some(session) = &mut self.session {
+            for info in session.handshake.received.iter_mut().filter(|info| info.volume == nr) {
+                info.uuid_current = current;
             }
         }
     }
@@ -791,6 +819,7 @@ impl Resource {
                 .drop_session(ConnState::NetworkFailure, "the source lost its disk before the resync began");
         }
         if gone {
+            self.keep_last_copy(volume);
             self.mark_unacked(volume);
             self.abort_resync(volume);
             if self.devices[volume].repl > ReplState::Established {
@@ -844,6 +873,7 @@ fn side(info: &v1::VolumeInfo, tie: bool) -> Side {
         out_of_sync_bits: info.out_of_sync_bits,
         foreign_bits: info.foreign_bits,
         discard_my_data: info.uuid_flags & uuid_flags::DISCARD_MY_DATA != 0,
+        was_told_more: info.uuid_flags & uuid_flags::WAS_TOLD_MORE != 0,
         tie,
     }
 }
@@ -870,7 +900,7 @@ fn obstacle_text(obstacle: Obstacle, name: &str) -> (String, String) {
             ("I shall become SyncSource, but my disk is not usable".into(), format!("drbdadm status {name} on both nodes"))
         }
         Obstacle::NotTheDataLostLast => (
-            "Can only connect to the data the diskless Primary lost last: this copy misses writes that were acknowledged".into(),
+            "Can only connect to the data the Primary lost last: this copy misses writes that were acknowledged".into(),
             format!("attach the disk of the Primary again, or drbdadm secondary {name} there and accept this copy"),
         ),
         Obstacle::TargetIsPrimary => (

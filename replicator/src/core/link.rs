@@ -208,6 +208,9 @@ impl Resource {
                 self.set_peer_disk_fact(volume, DiskState::DUnknown);
             }
         }
+        for volume in 0..self.devices.len() {
+            self.keep_last_copy(volume);
+        }
         if was_primary && ended.handshake.is_done() {
             self.fence_lost_peer();
         }

@@ -301,6 +301,7 @@ impl Resource {
     pub(super) fn bump_uuid(&mut self, volume: usize, primary: bool) {
         let fresh = self.random_uuid() | u64::from(primary);
         let device = &mut self.devices[volume];
+        device.shown_before_gate.get_or_insert(device.uuids.current);
         device.uuids.bump(fresh);
         device.peer_may_have_current = false;
         self.md_touch(volume);
@@ -316,6 +317,7 @@ impl Resource {
         let fresh = self.random_uuid() | 1;
         let device = &mut self.devices[volume];
         device.peer_may_have_current = false;
+        device.shown_before_gate.get_or_insert(device.uuids.current);
         device.uuids.bump_keeping_base(fresh);
         self.md_touch(volume);
         let device = &mut self.devices[volume];
@@ -329,6 +331,9 @@ impl Resource {
             return;
         }
         device.uuid_gate = None;
+        if device.has_metadata() {
+            device.shown_before_gate = None;
+        }
         for key in std::mem::take(&mut device.gated) {
             if self.requests.contains(key) {
                 self.try_complete(key);

@@ -333,6 +333,11 @@ impl Resource {
                     self.devices[volume].mark(range);
                     let io = FailedIo::Write;
                     self.on_local_io_error(volume, "a mirrored write to the local disk", io, range, error);
+                    // Told its sender that it is safe here, who is gone: this copy is not good without it.
+                    let promised = !current && self.peer_requests[key].received_acked;
+                    if promised && self.devices[volume].writable() {
+                        self.set_disk(volume, DiskState::Inconsistent);
+                    }
                 }
                 if current {
                     let ack = self.block_ack(key, false);

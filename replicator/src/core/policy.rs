@@ -57,7 +57,7 @@ pub enum Obstacle {
     SourceNotUsable,
     /// The target is Primary with good data.
     TargetIsPrimary,
-    /// A diskless Primary meets other data than its application was shown.
+    /// A Primary without a good disk meets other data than its application was shown.
     NotTheDataLostLast,
 }
 
@@ -147,16 +147,25 @@ impl Decided {
 #[must_use]
 pub fn decide(me: &Side, peer: &Side, policies: &Policies) -> Decided {
     if !me.has_disk() || !peer.has_disk() {
-        let outcome = if lost_track(me, peer) || lost_track(peer, me) {
-            Outcome::Refuse(Obstacle::NotTheDataLostLast)
-        } else {
-            Outcome::NoSync
+        let misses = |one: &Side, other: &Side| {
+            one.was_told_more && other.disk >= DiskState::Outdated && other.disk != DiskState::DUnknown
         };
+        let lost = lost_track(me, peer) || lost_track(peer, me) || misses(me, peer) || misses(peer, me);
+        let outcome = if lost { Outcome::Refuse(Obstacle::NotTheDataLostLast) } else { Outcome::NoSync };
         return Decided { comparison: plain(Verdict::NoSync, Rule::Diskless), reasons: Vec::new(), outcome };
     }
     let comparison = compare(me, peer, policies.protocol);
     let mut reasons = Vec::new();
-    let outcome = conclude(me, peer, policies, &comparison, &mut reasons);
+    let mut outcome = conclude(me, peer, policies, &comparison, &mut reasons);
+    let behind = match outcome {
+        Outcome::Target { .. } => me.was_told_more,
+        Outcome::Source { .. } => peer.was_told_more,
+        Outcome::NoSync => me.was_told_more || peer.was_told_more,
+        Outcome::MustDemote { .. } | Outcome::Retry(_) | Outcome::Refuse(_) => false,
+    };
+    if behind {
+        outcome = Outcome::Refuse(Obstacle::NotTheDataLostLast);
+    }
     Decided { comparison, reasons, outcome }
 }
 

@@ -13,7 +13,7 @@
 //! A flush, and FUA, under protocol C completes only when both copies are stable.
 use super::config::{OnNoData, Protocol};
 use super::conflict::Place;
-use super::device::{AlUser, MirrorMode};
+use super::device::{AlUser, MayMiss, MirrorMode};
 use super::event::{
     self, BufferId, DiskOk, DiskOp, IoError, Output, Payload, RequestError, RequestId, RequestOp,
 };
@@ -451,6 +451,9 @@ impl Resource {
                 request.peer = Leg::Failed;
                 let (volume, range) = (request.volume, request.range);
                 self.devices[volume].mark(range);
+                // Sent to the peer alone while this disk was leaving, which stayed.
+                let stayed = request.local == Leg::None && self.devices[volume].disk == DiskState::UpToDate;
+                request.again |= stayed && !request.completed;
             }
         }
         if answer != Answer::Received {
@@ -507,7 +510,7 @@ impl Resource {
             };
             if !peer_done {
                 if let (Leg::Sent, Some(epoch)) = (request.peer, request.epoch) {
-                    self.end_epoch_soon(epoch);
+                    self.want_barrier_ack(epoch);
                 }
                 return;
             }
@@ -543,10 +546,16 @@ impl Resource {
             // Nor one that is on its way out: newer writes may be at the peer only, and both would differ.
             let good_local = device.disk == DiskState::UpToDate;
             let request = &self.requests[key];
-            // Nor the peer's, if it is the target of this node's data.
-            let good_peer = !matches!(device.peer_disk, DiskState::Inconsistent | DiskState::Outdated);
-            let good = (request.local == Leg::Ok && good_local)
-                || (matches!(request.peer, Leg::Ok | Leg::Sent) && good_peer);
+            let here = request.local == Leg::Ok && good_local;
+            let there = matches!(request.peer, Leg::Ok | Leg::Sent) && device.peer_readable();
+            let good = here || there;
+            // The peer's is the only copy: its cache is not enough. Two Primaries would wait for each other.
+            if good && !here && request.in_log && self.peer_role != Role::Primary {
+                if let Some(epoch) = request.epoch {
+                    self.want_barrier_ack(epoch);
+                }
+                return;
+            }
             if !good && self.waits_for_data(volume) {
                 self.requests[key].again = true;
                 return;
@@ -607,6 +616,17 @@ impl Resource {
             self.end_epoch_soon(epoch);
         }
         self.unlock(volume, range, LockOwner::Request(key));
+    }
+
+    /// A write waits for the barrier ack of its epoch: the barrier goes out at once, unless another one is
+    /// on its way; the writes that come until then share the next.
+    fn want_barrier_ack(&mut self, epoch: EpochNr) {
+        if self.tl.oldest_nr() == Some(epoch) {
+            self.tl.close(epoch);
+            self.send_barriers();
+        } else {
+            self.end_epoch_soon(epoch);
+        }
     }
 
     fn end_epoch_soon(&mut self, epoch: EpochNr) {
@@ -687,12 +707,25 @@ impl Resource {
             request.in_sync_at_peer = false;
             let (volume, range) = (request.volume, request.range);
             self.devices[volume].unacked_sectors -= range.len().0;
-            // "Sent" (protocol A) and "pending" never got their proof.
-            let unproven = request.peer != Leg::Ok;
+            let good_local = self.devices[volume].disk == DiskState::UpToDate;
+            if request.completed && !good_local {
+                let missing = match request.peer {
+                    Leg::Sent if request.protocol == Protocol::A => MayMiss::Surely,
+                    _ => MayMiss::IfNotAlive(peer_life),
+                };
+                let known = &mut self.devices[volume].peer_may_miss;
+                if *known != Some(MayMiss::Surely) {
+                    *known = Some(missing);
+                }
+            }
+            // "Sent" (protocol A) and "pending" never got their proof; nor did what is in the cache of a
+            // peer that cannot be asked again: such a write is not told done for its sake any more.
+            let unproven = request.peer != Leg::Ok || !request.completed;
             if unproven {
                 request.peer = Leg::Failed;
             }
-            request.again = !request.completed && (frozen || request.peer != Leg::Ok && wait);
+            let stayed = request.local == Leg::None && good_local;
+            request.again = !request.completed && (frozen || stayed || request.peer != Leg::Ok && wait);
             again |= request.again;
             let forget =
                 self.planted(Fault::NoMarkAtLoss) || (self.planted(Fault::LastEpochForgotten) && !unproven);
@@ -777,6 +810,20 @@ impl Resource {
             self.try_complete(*key);
         }
         self.tl.recycle(acked);
+        // The flush behind it covered all that came before.
+        for device in &mut self.devices {
+            if matches!(device.peer_may_miss, Some(MayMiss::IfNotAlive(_))) {
+                device.peer_may_miss = None;
+            }
+        }
+        // Who waits for the next one could not ask for it before.
+        if self.devices.iter().any(|device| device.disk != DiskState::UpToDate) {
+            for key in self.tl.oldest().to_vec() {
+                if self.requests.contains(key) {
+                    self.try_complete(key);
+                }
+            }
+        }
         self.timers.stop(Timer::Ko);
         if !self.tl.is_empty() {
             self.arm_ko();

@@ -369,6 +369,8 @@ impl Resource {
         let Some(change) = self.role_change.take() else { return };
         self.set_role(Role::Secondary);
         for volume in 0..self.devices.len() {
+            // Nobody is left who was told of anything.
+            self.devices[volume].peer_may_miss = None;
             self.update_export(volume);
         }
         self.send_state();
@@ -699,6 +701,7 @@ impl Resource {
         device.uuids.current = uuid & !1;
         device.uuids.bitmap = 0;
         device.bitmap.clear_all();
+        self.peer_got_our_generation(volume);
         self.set_disk(volume, DiskState::UpToDate);
         self.set_peer_disk_fact(volume, DiskState::UpToDate);
         self.md_touch(volume);

@@ -154,6 +154,12 @@ impl TransferLog {
         self.epochs.front().map_or(&[], |epoch| &epoch.requests)
     }
 
+    /// The oldest epoch that was not acked.
+    #[must_use]
+    pub fn oldest_nr(&self) -> Option<EpochNr> {
+        self.epochs.front().map(|epoch| epoch.nr)
+    }
+
     /// Whether everything up to `nr` was acked.
     #[must_use]
     pub fn acked_through(&self, nr: EpochNr) -> bool {

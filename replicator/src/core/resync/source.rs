@@ -279,6 +279,7 @@ impl Resource {
             );
         }
         self.devices[volume].uuids.clear_bitmap();
+        self.peer_got_our_generation(volume);
         self.devices[volume].crashed_primary = false;
         self.md_touch(volume);
         self.set_peer_disk_fact(volume, DiskState::UpToDate);

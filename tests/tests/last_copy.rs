@@ -1,0 +1,151 @@
+//! A Primary whose own disk is not good, or is about to go: what was acknowledged is on the other copy,
+//! stable, or the application is not shown that copy without a word.
+use lockstep_replicator::core::config::Protocol;
+use lockstep_replicator::core::event::{AdminCommand, Event, RequestOp};
+use lockstep_replicator::core::policy::{Obstacle, Outcome};
+use lockstep_replicator::core::state::{ConnState, DiskState};
+use lockstep_tests::sim::node::VOLUME;
+use lockstep_tests::sim::script::{
+    deaf, detach, fail_metas, load, open, pair_with, pass, quiet, verb, within,
+};
+use lockstep_tests::sim::{Options, World};
+
+const CONNECT: AdminCommand = AdminCommand::Connect { discard_my_data: false, tentative: false };
+
+fn pair(seed: u64, protocol: Protocol) -> World {
+    let mut options = Options::new(seed);
+    options.net.protocol = protocol;
+    pair_with(options)
+}
+
+fn disk(world: &World, node: usize) -> DiskState {
+    world.state(node).map_or(DiskState::Diskless, |state| state.1)
+}
+
+/// Writes and waits for the answer; the number that the sectors hold then.
+fn write(world: &mut World, start: u64) -> u32 {
+    let failed = world.failed_requests;
+    world.request(0, RequestOp::Write, start, 8, false);
+    within(world, 2000, |w| open(w, 0) == 0);
+    assert_eq!(world.failed_requests, failed, "the write is good");
+    (1..).take_while(|number| world.history.record(*number).is_some()).last().unwrap_or(0)
+}
+
+/// What the application reads there; the oracle judges it as well.
+fn read(world: &mut World, start: u64) {
+    let failed = world.failed_requests;
+    world.request(0, RequestOp::Read, start, 8, false);
+    within(world, 2000, |w| open(w, 0) == 0);
+    assert_eq!(world.failed_requests, failed, "the read is good");
+}
+
+fn refusals(world: &World) -> usize {
+    let lost = |event: &Event| {
+        matches!(event, Event::Handshake(decision)
+            if decision.decided.outcome == Outcome::Refuse(Obstacle::NotTheDataLostLast))
+    };
+    world.log.iter().filter(|(_, _, event)| lost(event)).count()
+}
+
+#[test]
+fn what_only_the_peer_has_is_stable_there_when_it_is_acknowledged() {
+    for protocol in [Protocol::A, Protocol::B, Protocol::C] {
+        for seed in 0..10 {
+            let mut world = pair(7000 + seed, protocol);
+            detach(&mut world, 0);
+            let at = usize::try_from(8 * seed).unwrap();
+            for round in 0..5 {
+                let number = write(&mut world, 8 * seed);
+                let stable = &world.nodes[1].disks[0].stable_sectors()[at..at + 8];
+                assert_eq!(stable, [number; 8], "{protocol:?} seed {seed} round {round}");
+            }
+            // So a loss of power there takes nothing from a Primary that lives on.
+            world.crash(1, true);
+            pass(&mut world, 100);
+            world.start(1);
+            within(&mut world, 15_000, |w| w.state(0).is_some_and(|s| s.2 == ConnState::Connected));
+            read(&mut world, 8 * seed);
+            world.attach(0);
+            quiet(&mut world);
+        }
+    }
+}
+
+#[test]
+fn many_writes_share_a_barrier_when_only_the_peer_has_them() {
+    let mut world = pair(7100, Protocol::C);
+    detach(&mut world, 0);
+    let before = world.delivered;
+    load(&mut world, 0, 64);
+    within(&mut world, 2000, |w| open(w, 0) == 0);
+    // Data and its answer each; a barrier and its ack for each would be as much again.
+    let messages = world.delivered - before;
+    assert!(messages < 64 * 3, "{messages} messages for 64 writes");
+}
+
+#[test]
+fn a_detach_is_called_off_when_the_peer_goes_meanwhile() {
+    for protocol in [Protocol::A, Protocol::C] {
+        for seed in 0..10 {
+            let mut world = pair(7200 + seed, protocol);
+            // A write that takes its time keeps the detach waiting.
+            world.nodes[0].disks[0].faults.stick = Some(500_000_000);
+            world.request(0, RequestOp::Write, 800, 8, false);
+            let id = world.admin(0, "detach", AdminCommand::Detach { volume: VOLUME, force: false });
+            pass(&mut world, 100);
+            assert_eq!(disk(&world, 0), DiskState::Detaching);
+            world.cut(true);
+            within(&mut world, 1000, |w| w.nodes[0].answers.contains_key(&id));
+            let refused = world.nodes[0].answers[&id].clone().unwrap_err();
+            assert_eq!(refused.number, -2, "{refused:?}");
+            assert!(!refused.facts.is_empty() && !refused.advice.is_empty());
+            assert_eq!(disk(&world, 0), DiskState::UpToDate, "{protocol:?} seed {seed}");
+            within(&mut world, 2000, |w| open(w, 0) == 0);
+            write(&mut world, 0);
+            read(&mut world, 0);
+            assert_eq!(world.failed_requests, 0, "nothing failed");
+            // And no split brain: the peer's generation of the detach is known.
+            world.heal();
+            quiet(&mut world);
+        }
+    }
+}
+
+#[test]
+fn a_primary_without_its_disk_refuses_a_peer_that_never_got_what_was_acknowledged() {
+    let mut world = pair(7300, Protocol::A);
+    deaf(&mut world, 1, true);
+    write(&mut world, 64);
+    let forced = verb(&mut world, 0, "detach", AdminCommand::Detach { volume: VOLUME, force: true });
+    assert_eq!(forced, Ok(()));
+    world.cut(true);
+    deaf(&mut world, 1, false);
+    pass(&mut world, 1000);
+    world.heal();
+    within(&mut world, 5000, |w| (0..2).all(|n| w.state(n).is_some_and(|s| s.2 == ConnState::StandAlone)));
+    assert!(refusals(&world) >= 2, "both nodes say why");
+    // Its own disk has it.
+    world.attach(0);
+    within(&mut world, 2000, |w| disk(w, 0) == DiskState::UpToDate);
+    read(&mut world, 64);
+    for node in 0..2 {
+        assert_eq!(verb(&mut world, node, "connect", CONNECT), Ok(()));
+    }
+    quiet(&mut world);
+}
+
+#[test]
+fn a_generation_that_never_became_durable_was_shown_to_nobody() {
+    for seed in 0..10 {
+        let mut world = pair(7400 + seed, Protocol::C);
+        write(&mut world, 64);
+        fail_metas(&mut world, 0, 1);
+        world.cut(false);
+        within(&mut world, 2000, |w| disk(w, 0) == DiskState::Diskless);
+        within(&mut world, 5000, |w| w.state(0).is_some_and(|s| s.2 == ConnState::Connected));
+        assert_eq!(refusals(&world), 0);
+        read(&mut world, 64);
+        world.attach(0);
+        quiet(&mut world);
+    }
+}
