@@ -9,7 +9,7 @@
 //! | acked under | may be missing on a node that goes on |
 //! |---|---|
 //! | A | what never reached its disk, if nothing issued after its ack is there |
-//! | B | what never reached its disk, if the node has crashed since |
+//! | B | what never reached its disk, if the node has crashed or given the disk up since |
 //! | C | what a power cut took from its cache, unless a flush was acked since |
 //!
 //! A read that shows a write nobody will ever answer makes it as good as acked: no later read may go back.
@@ -74,6 +74,8 @@ pub struct Record {
 pub struct Past {
     /// When it last stopped without warning.
     pub crashed: u64,
+    /// When the disk in question was attached last: nothing of before is on its way to it any more.
+    pub attached: u64,
     /// When it last lost its cache.
     pub lost_power: u64,
     /// Since then, some write of its own disk failed.
@@ -283,11 +285,19 @@ impl History {
         };
         let waited_for = |number: &u32| {
             let fate = &self.records[*number as usize].fate[node];
-            !fate.dead && fate.replaces == NEVER
+            // One with an end was answered before, and lost since.
+            !fate.dead && fate.replaces == NEVER && fate.end == NEVER
         };
         let own = |number: &u32| self.records[*number as usize].node == node;
+        // Under A and B the other node's may have been answered long before they come here, in their order.
+        let mirrored = |number: &u32| {
+            let fate = &self.records[*number as usize].fate[node];
+            let comes = fate.end == NEVER || fate.replaces != NEVER;
+            self.protocol != Protocol::C && !own(number) && !fate.dead && fate.sent && comes
+        };
         open()
-            .find(|number| waited_for(number) && own(number))
+            .find(mirrored)
+            .or_else(|| open().find(|number| waited_for(number) && own(number)))
             .or_else(|| open().find(waited_for))
             .or_else(|| open().next())
     }
@@ -415,15 +425,25 @@ impl History {
         }
     }
 
-    /// Node `to` takes over what node `from` knows of a volume (resync). `arrived`: and has it on its disk.
-    pub fn adopt_view(&mut self, from: usize, to: usize, volume: usize, arrived: bool) {
+    /// Node `to` takes over what node `from` knows of a volume (resync). `arrived`: it has the data, too,
+    /// and both disks are these, own first; what was written at `from` since they met comes by a frame of
+    /// its own, and may be on its way.
+    pub fn adopt_view(&mut self, from: usize, to: usize, volume: usize, arrived: Option<([&[u32]; 2], u64)>) {
+        let came = |record: &Record, number: u32| {
+            let Some(([own, source], met)) = arrived else { return false };
+            if record.fate[to].sent && record.issued >= met {
+                return false;
+            }
+            let there = |at: usize| own[at] == source[at] || own[at] == record.value || own[at] >= number;
+            record.fate[from].landed && (record.start..record.start + record.len).all(there)
+        };
         for number in 1..u32::try_from(self.records.len()).unwrap_or(u32::MAX) {
             let record = &mut self.records[number as usize];
             if record.volume != volume {
                 continue;
             }
             let before = record.fate[to];
-            let landed = before.landed || (arrived && record.fate[from].landed);
+            let landed = before.landed || came(record, number);
             record.fate[to] = Fate { landed, sent: before.sent, ..record.fate[from] };
             let fate = record.fate[to];
             if fate.dead && fate.end == NEVER {
@@ -839,7 +859,7 @@ impl History {
         }
         match self.protocol {
             Protocol::A if foreign => Excuse::Lost,
-            Protocol::B if foreign && past.crashed >= missing.issued => Excuse::Lost,
+            Protocol::B if foreign && past.crashed.max(past.attached) >= missing.issued => Excuse::Lost,
             Protocol::B if foreign => Excuse::OnItsWay,
             Protocol::A | Protocol::B | Protocol::C => Excuse::None,
         }

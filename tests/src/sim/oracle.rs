@@ -35,6 +35,8 @@ pub struct Oracle {
     touched: Vec<Blocks>,
     /// By volume: blocks in which the copies may differ, now or after a power cut.
     differing: Vec<Blocks>,
+    /// By volume: what could not be read since a resync ended, and may be copied by the next one.
+    unread: Vec<Vec<BlockRange>>,
     /// A full resync may come.
     pub full_allowed: bool,
     /// Somebody decided that this node's changes go.
@@ -43,14 +45,18 @@ pub struct Oracle {
     pub went_on: [bool; 2],
     /// By node.
     pub past: [Past; 2],
+    /// By node and volume: when the disk was attached last.
+    attached: [Vec<u64>; 2],
     /// Policies may throw changes away after a split brain.
     pub policies: bool,
     /// A resync to this node began and has not ended: what the volume holds is a mixture.
     was_target: [Vec<bool>; 2],
-    /// Verbs that change what is allowed, and what was before.
-    verbs: BTreeMap<u64, Verb>,
+    /// Verbs that change what is allowed, on which node, and what was before.
+    verbs: BTreeMap<u64, (usize, Verb)>,
     /// Checked since anything happened.
     quiet: bool,
+    /// When the nodes met last.
+    met: u64,
     /// Both were in sync once.
     pub settled: bool,
     /// Check that differing blocks are marked.
@@ -69,6 +75,7 @@ pub struct Oracle {
 enum Verb {
     Voids { node: usize, before: bool },
     Forces { data_good: bool },
+    Promotes,
     Other,
 }
 
@@ -79,14 +86,17 @@ impl Oracle {
         Self {
             touched: sizes.iter().map(|size| Blocks::all(*size)).collect(),
             differing: sizes.iter().map(|size| Blocks::none(*size)).collect(),
+            unread: vec![Vec::new(); sizes.len()],
             full_allowed: true,
             voided: [false; 2],
             went_on: [false; 2],
             past: [Past::default(); 2],
+            attached: [vec![0; sizes.len()], vec![0; sizes.len()]],
             policies: false,
             was_target: [vec![false; sizes.len()], vec![false; sizes.len()]],
             verbs: BTreeMap::new(),
             quiet: false,
+            met: 0,
             settled: false,
             check_marks: true,
             check_minimal: true,
@@ -102,6 +112,12 @@ impl Oracle {
         let (start, len) = (range.start().0, range.len().0);
         let as_index = |value| usize::try_from(value).unwrap_or(usize::MAX);
         self.touched[volume].set_sectors(as_index(start), as_index(len));
+    }
+
+    /// What cannot be read may be copied from the other node, also when both are at rest before that.
+    pub fn unreadable(&mut self, volume: usize, range: BlockRange) {
+        self.touch(volume, range);
+        self.unread[volume].push(range);
     }
 
     /// Everything may be copied.
@@ -172,14 +188,23 @@ impl World {
         }
     }
 
-    pub(super) fn flush_acked(&mut self, node: usize, volume: usize, issued: u64) {
-        // A copy whose disk is gone, perhaps because of this very flush, has promised nothing.
-        // Nor has one that is about to be overwritten from the other, however long its handlers think.
+    /// The copies that a flush on `node` reaches, as far as can be seen now: not one that is about to be
+    /// overwritten from the other, however long its handlers think.
+    pub(super) fn flush_nodes(&self, node: usize, volume: usize) -> [bool; 2] {
         let chosen = |repl| matches!(repl, ReplState::WFBitMapT | ReplState::WFSyncUUID);
         let keeps = |s: States| s.disk >= DiskState::Inconsistent && !chosen(s.replication);
         let mut nodes = [0, 1].map(|node| self.states(node, volume).is_some_and(keeps));
-        nodes[1 - node] &= self.options.net.protocol == Protocol::C && self.nodes[node].session.is_some();
-        self.history.flushed(volume, issued, nodes);
+        nodes[1 - node] &= self.options.net.protocol == Protocol::C
+            && self.nodes[node].session.is_some()
+            && self.states(node, volume).is_some_and(|s| s.connection == ConnState::Connected);
+        nodes
+    }
+
+    /// `asked`: the copies it reached when it was issued. A copy that came later, or whose disk is gone,
+    /// perhaps because of this very flush, has promised nothing.
+    pub(super) fn flush_acked(&mut self, node: usize, volume: usize, issued: u64, asked: [bool; 2]) {
+        let now = self.flush_nodes(node, volume);
+        self.history.flushed(volume, issued, [0, 1].map(|node| asked[node] && now[node]));
     }
 
     pub(super) fn oracle_sent(&mut self, node: usize, message: &Message, wire: &Wire) {
@@ -211,17 +236,18 @@ impl World {
                 let good = |volume| self.states(node, volume).is_some_and(|s| s.disk == DiskState::UpToDate);
                 Verb::Forces { data_good: (0..self.volumes()).all(good) }
             }
+            AdminCommand::Primary { force: false } => Verb::Promotes,
             AdminCommand::NewCurrentUuid { .. } => {
                 self.oracle.full_allowed = true;
                 Verb::Other
             }
             _ => return,
         };
-        self.oracle.verbs.insert(id, verb);
+        self.oracle.verbs.insert(id, (node, verb));
     }
 
     pub(super) fn oracle_reply(&mut self, node: usize, id: u64, ok: bool) {
-        match self.oracle.verbs.remove(&id) {
+        match self.oracle.verbs.remove(&id).map(|(_, verb)| verb) {
             Some(Verb::Voids { node, before }) if !ok => self.oracle.voided[node] = before,
             Some(Verb::Voids { .. }) => {
                 self.oracle.full_allowed = true;
@@ -232,7 +258,7 @@ impl World {
                 self.oracle.full_allowed = true;
                 self.history.weaken_view(node, false);
             }
-            Some(Verb::Forces { .. } | Verb::Other) | None => {}
+            Some(Verb::Forces { .. } | Verb::Promotes | Verb::Other) | None => {}
         }
     }
 
@@ -254,17 +280,22 @@ impl World {
                 }
             }
         }
-        if self.oracle.verbs.values().any(|verb| matches!(verb, Verb::Voids { .. })) {
+        if self.oracle.verbs.values().any(|(_, verb)| matches!(verb, Verb::Voids { .. })) {
             // Nobody will answer, and it may be done.
             self.oracle.full_allowed = true;
             self.oracle.touch_all();
         }
-        self.oracle.verbs.clear();
+        // A promotion that the end of the node cut short may have begun a generation.
+        let promoting =
+            |(at, verb): &(usize, Verb)| *at == node && matches!(verb, Verb::Promotes | Verb::Forces { .. });
+        self.oracle.went_on[node] |= self.oracle.verbs.values().any(promoting);
+        self.oracle.verbs.retain(|_, (at, _)| *at != node);
         self.check_marks();
     }
 
     /// A disk is attached: what its log and bitmap say may be copied.
     pub(super) fn oracle_attach(&mut self, node: usize, volume: usize) {
+        self.oracle.attached[node][volume] = self.now;
         let meta = &self.nodes[node].disks[volume].meta;
         let touched = &mut self.oracle.touched[volume];
         match meta.hot_extents() {
@@ -289,6 +320,12 @@ impl World {
         self.oracle.quiet = false;
         match event {
             Event::Role(_, Role::Primary) => self.reign(node),
+            // From the first of them on the other one may be sent to.
+            Event::Conn(_, ConnState::Connected)
+                if self.states(1 - node, 0).is_none_or(|s| s.connection < ConnState::Connected) =>
+            {
+                self.oracle.met = self.now;
+            }
             Event::Conn(old, new) if *old >= ConnState::Connected && *new < ConnState::Connected => {
                 self.oracle.went_on[node] |= self.is_primary(node);
             }
@@ -340,14 +377,27 @@ impl World {
             let with_peer = states.connection == ConnState::Connected
                 && states.peer_disk >= DiskState::Inconsistent
                 && states.peer_disk != DiskState::DUnknown;
+            // As the source of a resync it goes on from its own disk, too.
+            let source = states.disk == DiskState::UpToDate && states.peer_disk != DiskState::UpToDate;
+            if with_peer && source {
+                self.settle(node, node, volume, "goes on as source");
+            }
             if with_peer {
                 self.history.new_reign(1 - node, self.now);
+                if states.disk == DiskState::Diskless && states.peer_disk == DiskState::UpToDate {
+                    // Without a disk of its own it goes on from what the other one holds.
+                    self.settle(1 - node, 1 - node, volume, "is what a diskless node goes on from");
+                    self.history.adopt_view(1 - node, node, volume, None);
+                }
                 continue;
             }
             self.oracle.went_on[node] = true;
             if states.disk >= DiskState::Inconsistent {
-                let forced =
-                    self.oracle.verbs.values().any(|verb| matches!(verb, Verb::Forces { data_good: false }));
+                let forced = self
+                    .oracle
+                    .verbs
+                    .values()
+                    .any(|(at, verb)| *at == node && matches!(verb, Verb::Forces { data_good: false }));
                 if forced {
                     self.history.weaken_view(node, false);
                 }
@@ -364,7 +414,8 @@ impl World {
         self.oracle.settlements += 1;
         self.note_changes(node, volume);
         let disk = self.nodes[node].disks[volume].sectors();
-        let settled = self.history.settle(node, view, volume, disk, &self.oracle.past[node], self.now);
+        let past = Past { attached: self.oracle.attached[node][volume], ..self.oracle.past[node] };
+        let settled = self.history.settle(node, view, volume, disk, &past, self.now);
         if let Err(why) = settled {
             self.fail(format!("n{node} {what}: {why}"));
         }
@@ -384,7 +435,7 @@ impl World {
         if !decided {
             self.settle(source, target, volume, &format!("becomes source and overwrites n{target} (I7)"));
         }
-        self.history.adopt_view(source, target, volume, false);
+        self.history.adopt_view(source, target, volume, None);
     }
 
     fn resync_ends(&mut self, node: usize, volume: usize) {
@@ -397,7 +448,8 @@ impl World {
     }
 
     fn target_complete(&mut self, node: usize, volume: usize) {
-        self.history.adopt_view(1 - node, node, volume, true);
+        let disks = [node, 1 - node].map(|node| self.nodes[node].disks[volume].sectors());
+        self.history.adopt_view(1 - node, node, volume, Some((disks, self.oracle.met)));
         self.oracle.was_target[node][volume] = false;
         // A decision holds for all volumes, and some may still be at their resync.
         let awaits = |volume: usize| {
@@ -407,6 +459,7 @@ impl World {
         if !(0..self.volumes()).any(awaits) {
             self.oracle.went_on = [false; 2];
         }
+        self.oracle.unread[volume].clear();
         let good = |volume| self.states(node, volume).is_some_and(|s| s.disk == DiskState::UpToDate);
         if (0..self.volumes()).all(good) {
             self.oracle.voided[node] = false;
@@ -464,9 +517,13 @@ impl World {
             volatile.add(&disks[1].volatile());
             self.history.prune(volume, disks.map(super::disk::Disk::stable_sectors), &volatile);
         }
-        for blocks in &mut self.oracle.touched {
-            blocks.0.fill(0);
+        for volume in 0..self.volumes() {
+            self.oracle.touched[volume].0.fill(0);
+            for range in self.oracle.unread[volume].clone() {
+                self.oracle.touch(volume, range);
+            }
         }
+        self.oracle.quiet = true;
         self.oracle.settled = true;
         self.oracle.full_allowed = false;
         self.oracle.went_on = [false; 2];

@@ -428,7 +428,55 @@ impl Run<'_> {
         if self.split_declared() {
             self.resolve(victim);
         }
+        self.accept_loss();
         self.fail_over(victim);
+    }
+
+    /// A Primary whose disk does not come back, and whose peer misses what it was told of, says what to do:
+    /// the application is stopped, and the peer's copy counts.
+    fn accept_loss(&mut self) {
+        for node in 0..2 {
+            let lost = |volume| {
+                self.world.states(node, volume).is_some_and(|s| {
+                    s.role == Role::Primary
+                        && s.connection == ConnState::StandAlone
+                        && matches!(
+                            s.disk,
+                            DiskState::Diskless | DiskState::Inconsistent | DiskState::Outdated
+                        )
+                })
+            };
+            if (0..self.world.volumes()).any(lost) {
+                self.world.trace(|| format!("the operator gives up what only n{node} was told"));
+                self.world.admin(node, "secondary", AdminCommand::Secondary);
+                self.pump(1000, |world| !world.is_primary(node));
+                for node in 0..2 {
+                    let plain = AdminCommand::Connect { discard_my_data: false, tentative: false };
+                    self.world.admin(node, "connect", plain);
+                    self.attach(node);
+                }
+            }
+        }
+    }
+
+    /// A disk that an error made Inconsistent (`on-io-error pass_on`) stays so until the nodes meet anew.
+    fn meet_again(&mut self) {
+        let stays = |node, volume| {
+            self.world
+                .states(node, volume)
+                .is_some_and(|s| s.replication == ReplState::Established && s.disk == DiskState::Inconsistent)
+        };
+        let volumes = self.world.volumes();
+        if let Some(node) = (0..2).find(|node| (0..volumes).any(|volume| stays(*node, volume))) {
+            self.world.trace(|| format!("the operator lets n{node} meet its peer anew"));
+            let id =
+                self.world.admin(1 - node, "disconnect --force", AdminCommand::Disconnect { force: true });
+            self.pump(500, |world| world.nodes[1 - node].answers.contains_key(&id));
+            for node in 0..2 {
+                let plain = AdminCommand::Connect { discard_my_data: false, tentative: false };
+                self.world.admin(node, "connect", plain);
+            }
+        }
     }
 
     /// After a split brain this node's changes go.
@@ -469,6 +517,10 @@ impl Run<'_> {
                     let plain = AdminCommand::Connect { discard_my_data: false, tentative: false };
                     self.world.admin(node, "connect", plain);
                 }
+            }
+            if left % 20 == 10 {
+                self.accept_loss();
+                self.meet_again();
             }
             self.pump(1000, |_| false);
             left -= 1;

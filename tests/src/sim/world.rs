@@ -162,7 +162,7 @@ impl Ord for Due {
 pub(super) enum Asked {
     Read { volume: usize, range: BlockRange, buffer: u32, issued: u64, own: bool },
     Write { record: u32 },
-    Flush { volume: usize, issued: u64 },
+    Flush { volume: usize, issued: u64, nodes: [bool; 2] },
 }
 
 /// See the module.
@@ -478,7 +478,8 @@ impl World {
             return 0;
         }
         let id = self.ids.request();
-        self.asked.insert(id.0, Asked::Flush { volume, issued: self.now });
+        let nodes = self.flush_nodes(node, volume);
+        self.asked.insert(id.0, Asked::Flush { volume, issued: self.now, nodes });
         self.nodes[node].requests.insert(id.0, 0);
         self.trace(|| format!("n{node} flush {} of volume {volume}", id.0));
         let volume = VolumeNr(u16::try_from(volume).unwrap_or(0));
@@ -512,7 +513,9 @@ impl World {
             }
             Some(Asked::Write { record }) if ok => self.write_acked(node, record),
             Some(Asked::Write { record }) => self.history.orphan(record),
-            Some(Asked::Flush { volume, issued }) if ok => self.flush_acked(node, volume, issued),
+            Some(Asked::Flush { volume, issued, nodes }) if ok => {
+                self.flush_acked(node, volume, issued, nodes);
+            }
             Some(Asked::Read { .. } | Asked::Flush { .. }) | None => {}
         }
         for id in [Some(buffer), data].into_iter().flatten().filter(|id| *id != 0) {
@@ -699,8 +702,7 @@ impl World {
         if self.io_fails(node, volume, &io) {
             self.trace(|| format!("n{node} disk io {id} fails"));
             if let (Some(range), false) = (io.range, write) {
-                // What cannot be read may be copied from the other node.
-                self.oracle.touch(volume, range);
+                self.oracle.unreadable(volume, range);
             }
             if let (Some(range), true) = (io.range, write) {
                 self.nodes[node].disks[volume].maybe_write(range, &content, &mut self.rng);
