@@ -262,7 +262,14 @@ fn fio_verifies_while_the_link_is_cut_ten_times() {
             "--iodepth=32",
             "--size=200M",
         ])
-        .args(["--time_based", "--runtime=30", "--verify=crc32c", "--verify_backlog=512", "--verify_fatal=1"])
+        .args([
+            "--time_based",
+            "--runtime=30",
+            "--verify=crc32c",
+            "--verify_backlog=512",
+            "--verify_fatal=1",
+            "--verify_state_save=0",
+        ])
         .args(["--randrepeat=0", "--output-format=json"])
         .arg(format!("--uri={uri}"))
         .arg(format!("--output={}", report.display()))

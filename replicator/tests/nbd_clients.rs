@@ -393,7 +393,7 @@ fn fio_verifies_over_four_connections() {
         // Four jobs are four connections; each has its own quarter.
         let text = format!(
             "[global]\nioengine=nbd\nuri={uri}\nrw=randwrite\nbsrange=4k-256k\nblockalign=4k\niodepth=16\n\
-             size=16M\noffset_increment=16M\nverify=crc32c\nverify_fatal=1\nfsync=64\ngroup_reporting=1\n\
+             size=16M\noffset_increment=16M\nverify=crc32c\nverify_fatal=1\nverify_state_save=0\nfsync=64\ngroup_reporting=1\n\
              [quarter]\nnumjobs=4\n"
         );
         fs::File::create(&job).unwrap().write_all(text.as_bytes()).unwrap();

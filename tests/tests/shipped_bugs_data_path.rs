@@ -11,7 +11,7 @@ const TABLE: Table = &[
         "S29",
         &[
             By("tests/tests/shipped_bugs_data_path.rs::s29_a_flush_reaches_both_disks_in_every_form"),
-            By("tests/tests/planted.rs::random_runs_notice_planted_defects"),
+            By("tests/tests/planted.rs::planted_defects_are_noticed"),
         ],
     ),
     (
