@@ -45,6 +45,8 @@ pub struct Faults {
     pub bad: Option<(BlockRange, bool)>,
     /// The next IO takes this long, ns; `u64::MAX`: until the node stops.
     pub stick: Option<u64>,
+    /// Flushes stay open until the node stops.
+    pub stuck_flushes: bool,
 }
 
 /// See the module.

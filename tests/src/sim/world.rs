@@ -918,7 +918,11 @@ impl World {
             Some(range) => format!("n{node} disk io {id}: {:?} {volume}/{range:?} fua {}", io.op, io.fua),
             None => format!("n{node} disk io {id}: {:?} of volume {volume}", io.op),
         });
+        let stuck = io.op == DiskOp::Flush && self.nodes[node].disks[volume].faults.stuck_flushes;
         self.nodes[node].ios.insert(id, InFlight { io, content, mark });
+        if stuck {
+            return;
+        }
         if let Some(delay) = self.io_delay(node, volume) {
             self.schedule(self.now + delay, Ev::Disk { node, life, id });
         }
