@@ -100,7 +100,7 @@ fn why_not((role, repl, own, peer): Cell) -> Option<&'static str> {
 /// These exist, but need several accidents within a millisecond: a disk that fails or leaves in the middle of
 /// a meeting, a pause or a disconnect at the very end, a Primary by force on a disk that is not good. Probed
 /// when met, not waited for.
-const SELDOM: [Cell; 19] = {
+const SELDOM: [Cell; 21] = {
     use DiskState as D;
     use ReplState as R;
     use Role::{Primary as P, Secondary as S};
@@ -113,6 +113,8 @@ const SELDOM: [Cell; 19] = {
         (P, R::Established, D::Inconsistent, D::Detaching),
         (P, R::Established, D::Inconsistent, D::Failed),
         (P, R::Established, D::Inconsistent, D::Negotiating),
+        (P, R::Established, D::Outdated, D::Attaching),
+        (P, R::Established, D::Outdated, D::Negotiating),
         (P, R::Established, D::Negotiating, D::Consistent),
         (P, R::Established, D::Negotiating, D::Negotiating),
         (P, R::PausedSyncT, D::UpToDate, D::UpToDate),
