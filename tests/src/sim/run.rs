@@ -91,13 +91,18 @@ impl Run<'_> {
         if !self.world.run_until(60_000, fresh) {
             return self.world.fail("the fresh pair does not meet".into());
         }
-        self.world.admin(self.plan.first, "primary-force", AdminCommand::Primary { force: true });
+        let first = self.plan.first;
+        let forced = self.world.admin(first, "primary-force", AdminCommand::Primary { force: true });
         if self.plan.wait_for_sync {
             if !self.world.run_until(600_000, World::in_sync) {
                 return self.world.fail("the initial sync does not end".into());
             }
         } else {
             self.world.run(300);
+            // Without it nobody's data counts, and no operator would leave it at that.
+            if !self.world.run_until(60_000, |world| world.nodes[first].answers.contains_key(&forced)) {
+                return self.world.fail("primary --force is not answered".into());
+            }
         }
         let base = self.world.now;
         let plan = self.plan;
