@@ -6,21 +6,21 @@
 //! The decision uses exactly what was sent and received, so both nodes compute mirrored answers. An
 //! identifier is announced only when it is durable, and nothing that was announced changes before the
 //! decision: verbs wait, a failing disk drops the session.
+use super::Resource;
 use super::compare::{Fix, Rule, Side};
-use super::config::{AfterSb0Pri, AfterSb1Pri, AfterSb2Pri, RrConflict};
+use super::config::RrConflict;
 use super::device::MayMiss;
 use super::event::{Event, HandlerName, Payload, Severity};
 use super::explain::Decision;
 use super::fault::Fault;
 use super::handlers::Purpose;
-use super::metadata::{BitmapThen, SuperblockThen};
+use super::metadata::BitmapThen;
 use super::policy::{Decided, Obstacle, Outcome, Policies, Reason, decide};
 use super::state::{ConnState, DiskState, ReplState, Role};
 use super::uuid::{UuidSet, masked};
-use super::{Resource, config};
 use crate::units::SectorCount;
 use lockstep_proto::v1::volume_info::Phase;
-use lockstep_proto::{Message, limits, v1};
+use lockstep_proto::{Message, v1};
 
 /// Flag bits of `VolumeInfo.uuid_flags` (SEM §12).
 mod uuid_flags {
@@ -38,18 +38,18 @@ pub(super) const MAX_SECTORS: u64 = 1 << 45;
 /// How far the meeting is.
 #[derive(Debug, Default)]
 pub(super) struct Handshake {
-    hello_seen: bool,
+    pub(super) hello_seen: bool,
     sent: Vec<v1::VolumeInfo>,
     received: Vec<v1::VolumeInfo>,
     received_all: bool,
-    done: bool,
+    pub(super) done: bool,
     /// What the peer's configuration says that is not compared, but decided by.
-    peer_always_asbp: bool,
-    peer_rr_conflict: RrConflict,
+    pub(super) peer_always_asbp: bool,
+    pub(super) peer_rr_conflict: RrConflict,
     /// What it understands.
-    peer_features: u64,
+    pub(super) peer_features: u64,
     /// The peer only wants to know what would happen.
-    peer_tentative: bool,
+    pub(super) peer_tentative: bool,
 }
 
 impl Handshake {
@@ -68,139 +68,9 @@ impl Handshake {
 }
 
 impl Resource {
-    pub(super) fn start_handshake(&mut self) {
-        let net = &self.cfg.net;
-        let hello = v1::Hello {
-            version_min: limits::PROTOCOL_VERSION_MIN,
-            version_max: limits::PROTOCOL_VERSION_MAX,
-            features: limits::FEATURES,
-            node_id: self.cfg.node_id,
-            node_name: self.cfg.node_name.clone(),
-            resource: self.cfg.name.clone(),
-            protocol: protocol_number(net.protocol),
-            after_sb_0pri: net.after_sb_0pri.number(),
-            after_sb_1pri: net.after_sb_1pri.number(),
-            after_sb_2pri: net.after_sb_2pri.number(),
-            always_asbp: net.always_asbp,
-            rr_conflict: net.rr_conflict.number(),
-            allow_two_primaries: net.allow_two_primaries,
-            discard_my_data: self.discard_my_data,
-            tentative: self.tentative,
-            session_nonce: self.life,
-            max_payload_bytes: u32::try_from(limits::MAX_PAYLOAD_BYTES).unwrap_or(u32::MAX),
-        };
-        self.send(Message::Hello(hello), Payload::None);
-    }
-
     /// A session is up and its handshake is not finished.
     pub(super) fn handshake_running(&self) -> bool {
         self.session.as_ref().is_some_and(|session| !session.handshake.done)
-    }
-
-    pub(super) fn on_hello(&mut self, hello: &v1::Hello) {
-        if self.session.as_ref().is_some_and(|session| session.handshake.hello_seen) {
-            return self.protocol_error("a second Hello");
-        }
-        let _spoken = hello.version_max.min(limits::PROTOCOL_VERSION_MAX);
-        if hello.version_min > limits::PROTOCOL_VERSION_MAX
-            || hello.version_max < limits::PROTOCOL_VERSION_MIN
-        {
-            let why = format!(
-                "the peer speaks protocol versions {}-{}, this node {}-{}",
-                hello.version_min,
-                hello.version_max,
-                limits::PROTOCOL_VERSION_MIN,
-                limits::PROTOCOL_VERSION_MAX
-            );
-            return self.refuse_peer(&why, "upgrade the older node");
-        }
-        if hello.resource != self.cfg.name
-            || hello.node_id != self.cfg.peer_node_id
-            || hello.node_id == self.cfg.node_id
-        {
-            let why = format!(
-                "the peer is resource {:?}, node id {} ({}); expected {:?}, node id {}",
-                hello.resource, hello.node_id, hello.node_name, self.cfg.name, self.cfg.peer_node_id
-            );
-            return self.refuse_peer(&why, "make the configuration equal on both nodes");
-        }
-        if let Some((option, theirs, ours)) = self.incompatible_option(hello) {
-            let why = format!("incompatible {option} settings: {theirs} on {}, {ours} here", hello.node_name);
-            return self.refuse_peer(&why, "make the configuration equal on both nodes");
-        }
-        if hello.discard_my_data && self.discard_my_data {
-            return self.refuse_peer(
-                "both nodes were told to discard their data",
-                "connect one of them without --discard-my-data",
-            );
-        }
-        let Some(rr_conflict) = RrConflict::from_number(hello.rr_conflict) else {
-            return self.protocol_error("an unknown rr-conflict policy");
-        };
-        if let Some(session) = &mut self.session {
-            session.handshake.hello_seen = true;
-            session.handshake.peer_always_asbp = hello.always_asbp;
-            session.handshake.peer_rr_conflict = rr_conflict;
-            session.handshake.peer_features = hello.features;
-            session.handshake.peer_tentative = hello.tentative;
-            session.peer_life = hello.session_nonce;
-        }
-        self.handshake_try_send();
-    }
-
-    fn incompatible_option(&self, hello: &v1::Hello) -> Option<(&'static str, String, String)> {
-        let net = &self.cfg.net;
-        let yes_no = |value: bool| if value { "yes" } else { "no" }.to_owned();
-        let word = |known: Option<&'static str>, number: u32| {
-            known.map_or_else(|| format!("number {number}"), str::to_owned)
-        };
-        let protocol = |number: u32| match number {
-            1 => "A".to_owned(),
-            2 => "B".to_owned(),
-            3 => "C".to_owned(),
-            other => other.to_string(),
-        };
-        // discard-local on one node is discard-remote on the other (SEM §15).
-        let zero = AfterSb0Pri::from_number(hello.after_sb_0pri);
-        let pairs = [
-            ("protocol", protocol(hello.protocol), protocol(protocol_number(net.protocol))),
-            (
-                "after-sb-0pri",
-                word(zero.map(AfterSb0Pri::name), hello.after_sb_0pri),
-                net.after_sb_0pri.mirrored().name().to_owned(),
-            ),
-            (
-                "after-sb-1pri",
-                word(
-                    AfterSb1Pri::from_number(hello.after_sb_1pri).map(AfterSb1Pri::name),
-                    hello.after_sb_1pri,
-                ),
-                net.after_sb_1pri.name().to_owned(),
-            ),
-            (
-                "after-sb-2pri",
-                word(
-                    AfterSb2Pri::from_number(hello.after_sb_2pri).map(AfterSb2Pri::name),
-                    hello.after_sb_2pri,
-                ),
-                net.after_sb_2pri.name().to_owned(),
-            ),
-            ("allow-two-primaries", yes_no(hello.allow_two_primaries), yes_no(net.allow_two_primaries)),
-        ];
-        pairs.into_iter().find(|(_, theirs, ours)| theirs != ours).map(
-            |(option, theirs, ours)| match option {
-                // Shown as it is written here.
-                "after-sb-0pri" => (option, theirs, net.after_sb_0pri.name().to_owned()),
-                _ => (option, theirs, ours),
-            },
-        )
-    }
-
-    /// The two nodes do not fit: StandAlone, and never a retry in a loop.
-    fn refuse_peer(&mut self, why: &str, advice: &str) {
-        let name = self.cfg.name.clone();
-        self.note(Severity::Error, format!("{why}; next: {advice}, then drbdadm connect {name}"));
-        self.go_stand_alone(why);
     }
 
     /// Sends the facts of every volume as soon as they are all durable.
@@ -755,91 +625,6 @@ impl Resource {
         }
         Ok(())
     }
-
-    // ---- states of the peer -------------------------------------------------------------------
-
-    /// Own role and disk states to the peer.
-    pub(super) fn send_state(&mut self) {
-        if !self.session.as_ref().is_some_and(|session| session.handshake.done) {
-            return;
-        }
-        let volumes = self
-            .devices
-            .iter()
-            .map(|device| v1::VolumeState {
-                volume: u32::from(device.nr.0),
-                disk_state: device.told_disk().to_wire(),
-                sync_paused: device.pauses.own(),
-                ahead: device.repl == ReplState::Ahead,
-            })
-            .collect();
-        let state = v1::State { role: self.role.to_wire(), volumes };
-        self.send(Message::State(state), Payload::None);
-    }
-
-    pub(super) fn on_peer_state(&mut self, state: &v1::State) {
-        let Some(role) = Role::from_wire(state.role) else { return self.protocol_error("an unknown role") };
-        self.set_peer_role(role);
-        for entry in &state.volumes {
-            let Some(volume) = self.wire_device(entry.volume) else { continue };
-            let Some(disk) = DiskState::from_wire(entry.disk_state) else {
-                return self.protocol_error("an unknown disk state");
-            };
-            self.devices[volume].peer_said = disk;
-            self.on_peer_pause(volume, entry.sync_paused);
-            // During a resync the end is told by ResyncFinished, not by a state alone.
-            let resyncing = self.devices[volume].resync.is_some();
-            if resyncing && disk > DiskState::Inconsistent {
-                continue;
-            }
-            // It may not have heard yet that this node is Ahead.
-            if self.devices[volume].repl == ReplState::Ahead && disk > DiskState::Outdated {
-                continue;
-            }
-            // Old news: it was sent before the peer heard what its disk is now. To believe it would leave
-            // writes without a note to a target whose bitmap was sent (S02).
-            if disk == DiskState::Negotiating && self.devices[volume].peer_disk > DiskState::Negotiating {
-                continue;
-            }
-            self.set_peer_disk_fact(volume, disk);
-            self.peer_disk_consequences(volume);
-            self.on_peer_ahead(volume, entry.ahead);
-        }
-    }
-
-    /// What follows from the peer's disk being gone, or there, on this node.
-    pub(super) fn peer_disk_consequences(&mut self, volume: usize) {
-        let device = &self.devices[volume];
-        let gone = device.peer_disk < DiskState::Inconsistent
-            && device.peer_disk != DiskState::Negotiating
-            && device.peer_disk != DiskState::Attaching;
-        if gone && self.devices[volume].repl == ReplState::WFSyncUUID {
-            // Writes that wait for this disk to be durably Inconsistent must not land on it now (I5).
-            return self
-                .drop_session(ConnState::NetworkFailure, "the source lost its disk before the resync began");
-        }
-        if gone {
-            self.keep_last_copy(volume);
-            self.mark_unacked(volume);
-            self.abort_resync(volume);
-            if self.devices[volume].repl > ReplState::Established {
-                self.set_repl(volume, ReplState::Established);
-            }
-        }
-        // This copy goes on alone: as Primary, or for a Primary without a disk (SEM §12). A peer promoted
-        // while its disk is being attached writes here only, too: its disk must come back as the older.
-        let for_peer = self.peer_role == Role::Primary;
-        let alone = gone && (self.md_primary || for_peer);
-        let device = &self.devices[volume];
-        let serves = for_peer && device.peer_disk == DiskState::Attaching;
-        if (alone || serves) && device.uuids.bitmap == 0 && device.disk == DiskState::UpToDate {
-            self.bump_uuid(volume, true);
-        } else if gone && for_peer && device.disk == DiskState::UpToDate {
-            // It holds answers back until it hears that this copy counts alone.
-            self.md_then(volume, SuperblockThen::TellPeer);
-        }
-        self.try_complete_flushes();
-    }
 }
 
 /// The size that one of the nodes has given to an application.
@@ -875,14 +660,6 @@ fn side(info: &v1::VolumeInfo, tie: bool) -> Side {
         discard_my_data: info.uuid_flags & uuid_flags::DISCARD_MY_DATA != 0,
         was_told_more: info.uuid_flags & uuid_flags::WAS_TOLD_MORE != 0,
         tie,
-    }
-}
-
-pub(super) const fn protocol_number(protocol: config::Protocol) -> u32 {
-    match protocol {
-        config::Protocol::A => 1,
-        config::Protocol::B => 2,
-        config::Protocol::C => 3,
     }
 }
 

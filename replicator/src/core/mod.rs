@@ -5,7 +5,8 @@
 //!
 //! | file | decides |
 //! |---|---|
-//! | `request.rs` | application reads, writes, flushes: legs, completion rule |
+//! | `request.rs`, `completion.rs` | application writes: their way, and when they are done |
+//! | `flush.rs`, `read.rs` | epochs and application flushes; application reads |
 //! | `peer_request.rs` | writes, reads, barriers received from the peer |
 //! | `conflict.rs` | overlapping writes of two Primaries |
 //! | `congestion.rs` | a peer that does not keep up |
@@ -17,7 +18,7 @@
 //! | `link.rs` | the connection: up, alive, lost |
 //! | `options.rs` | options changed while it runs |
 //! | `resize.rs` | another size, metadata at another place |
-//! | `handshake.rs` | two nodes meet, exchange facts, act on what follows |
+//! | `hello.rs`, `handshake.rs`, `peer_state.rs` | two nodes meet, exchange facts, act on what follows |
 //! | `uuid.rs`, `compare.rs`, `policy.rs` | what follows: identifiers, the table, policies and persons |
 //! | `explain.rs` | the same in words |
 //! | `resync/` | bitmap exchange, source, target |
@@ -35,6 +36,7 @@ mod attach;
 pub mod bitmap;
 mod bits;
 pub mod compare;
+mod completion;
 pub mod config;
 mod conflict;
 mod congestion;
@@ -43,14 +45,18 @@ pub mod event;
 pub mod explain;
 pub mod fault;
 mod fencing;
+mod flush;
 mod handlers;
 mod handshake;
+mod hello;
 pub mod interval;
 mod link;
 mod metadata;
 mod options;
 mod peer_request;
+mod peer_state;
 pub mod policy;
+mod read;
 mod repair;
 mod report;
 mod request;
@@ -70,12 +76,13 @@ use config::ResourceConfig;
 use device::Device;
 use event::{AdminCommand, AdminId, Event, Input, IoId, MetaId, Output, Severity};
 use fault::Fault;
+use flush::Flush;
 use interval::LockOwner;
 use link::Session;
 use lockstep_proto::Message;
 use metadata::MetaContext;
 use peer_request::{PeerRequest, ReceiveEpochs};
-use request::{Flush, Request};
+use request::Request;
 use role::{Asked, Down, RoleChange};
 use slab::Slab;
 use state::{ConnState, Role};

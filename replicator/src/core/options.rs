@@ -94,7 +94,7 @@ impl Resource {
     /// The options that both nodes must have alike, for the peer.
     fn shared_options(&self, net: &NetConfig) -> v1::ProtocolUpdate {
         v1::ProtocolUpdate {
-            protocol: super::handshake::protocol_number(net.protocol),
+            protocol: super::hello::protocol_number(net.protocol),
             allow_two_primaries: net.allow_two_primaries,
             after_sb_0pri: net.after_sb_0pri.number(),
             after_sb_1pri: net.after_sb_1pri.number(),

@@ -10,9 +10,10 @@
 use super::backing::Backing;
 use super::backing::grown::KnownSize;
 use super::buffers::{Account, BufferPool, BufferRef, MAX_BUFFER_BYTES};
+use super::meta_job::MetaJob;
 use super::ring::{FileSpan, Ring};
-use crate::core::event::{DiskIo, DiskOk, DiskOp, IoError, IoId, MetaId, MetaWrite};
-use crate::meta::{BLOCK_BYTES, Layout, MetaPlace, al_ring};
+use crate::core::event::{DiskIo, DiskOk, DiskOp, IoError, IoId, MetaId};
+use crate::meta::{Layout, MetaPlace};
 use crate::units::VolumeNr;
 use nix::errno::Errno;
 use nix::libc;
@@ -23,7 +24,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
 
 /// Results that made no progress before an IO counts as failed.
-const MAX_IDLE_RESULTS: u8 = 100;
+pub(super) const MAX_IDLE_RESULTS: u8 = 100;
 /// `RAMFS_MAGIC` of `statfs(2)`.
 const RAMFS_MAGIC: FsType = FsType(0x8584_58f6);
 /// Deallocate, keep the size.
@@ -37,11 +38,11 @@ pub(super) struct Disk {
     volume: VolumeNr,
     data: Rc<OwnedFd>,
     meta: Rc<OwnedFd>,
-    layout: RefCell<Layout>,
+    pub(super) layout: RefCell<Layout>,
     /// Where metadata belongs on the devices as they are now.
     measured: RefCell<Option<Layout>>,
     /// A superblock that was left behind.
-    left_behind: Cell<Option<u64>>,
+    pub(super) left_behind: Cell<Option<u64>>,
     /// Where the size of the data device is noted down.
     known: Option<KnownSize>,
     data_inline: bool,
@@ -97,7 +98,7 @@ impl Disk {
     }
 
     /// The metadata is where it belongs on a device of this size.
-    fn note_size(&self) {
+    pub(super) fn note_size(&self) {
         let end = nix::unistd::lseek(self.data.as_fd(), 0, nix::unistd::Whence::SeekEnd).ok();
         if let (Some(known), Some(bytes)) = (&self.known, end.and_then(|end| u64::try_from(end).ok())) {
             known.write(bytes);
@@ -105,7 +106,7 @@ impl Disk {
     }
 
     /// From now on metadata goes where it was measured to belong.
-    fn relocate(&self) {
+    pub(super) fn relocate(&self) {
         if let Some(layout) = self.measured.take() {
             let before = self.layout.replace(layout);
             self.left_behind.set(self.layout.borrow().left_behind(&before));
@@ -131,7 +132,7 @@ fn is_in_memory(fd: BorrowedFd<'_>) -> bool {
 
 /// One system call on a disk.
 #[derive(Debug)]
-enum Call {
+pub(super) enum Call {
     Read(BufferRef, FileSpan),
     Write { buffer: BufferRef, span: FileSpan, dsync: bool },
     Allocate { mode: i32, offset: u64, len: u64 },
@@ -222,7 +223,7 @@ impl DiskJob {
     }
 }
 
-enum Progress {
+pub(super) enum Progress {
     Again,
     Done(Answer),
     Quiet,
@@ -413,165 +414,6 @@ impl DataJob {
     }
 }
 
-/// A metadata write of one or more pieces.
-#[derive(Debug)]
-struct MetaState {
-    id: MetaId,
-    disk: Rc<Disk>,
-    pieces_left: Cell<usize>,
-    /// A flush follows the pieces; a single piece is stable by itself.
-    flush: bool,
-    error: Cell<Option<IoError>>,
-}
-
-/// A piece of one.
-#[derive(Debug)]
-pub(super) struct MetaJob {
-    write: Rc<MetaState>,
-    /// `None`: the flush.
-    piece: Option<MetaPiece>,
-    idle_results: u8,
-}
-
-#[derive(Debug)]
-struct MetaPiece {
-    buffer: BufferRef,
-    offset: u64,
-    done: usize,
-}
-
-impl MetaJob {
-    /// The jobs for a metadata write, or why there are none.
-    pub(super) fn make(
-        id: MetaId,
-        write: &MetaWrite,
-        disk: &Rc<Disk>,
-        pool: &BufferPool,
-        mut each: impl FnMut(DiskJob),
-    ) -> Result<(), IoError> {
-        let pieces = disk.meta_pieces(write, pool).ok_or(IoError::Errno(libc::ENOMEM))?;
-        let state = Rc::new(MetaState {
-            id,
-            disk: Rc::clone(disk),
-            pieces_left: Cell::new(pieces.len()),
-            flush: pieces.len() != 1,
-            error: Cell::new(None),
-        });
-        if pieces.is_empty() {
-            each(DiskJob::Meta(Self { write: state, piece: None, idle_results: 0 }));
-            return Ok(());
-        }
-        for piece in pieces {
-            each(DiskJob::Meta(Self { write: Rc::clone(&state), piece: Some(piece), idle_results: 0 }));
-        }
-        Ok(())
-    }
-
-    fn call(&self) -> Call {
-        let Some(piece) = &self.piece else { return Call::Datasync };
-        let len = piece.buffer.len() - piece.done;
-        let span = FileSpan { buffer_offset: piece.done, len, file_offset: piece.offset + piece.done as u64 };
-        Call::Write { buffer: piece.buffer.clone(), span, dsync: !self.write.flush }
-    }
-
-    fn on_result(&mut self, result: i32) -> Progress {
-        let write = &self.write;
-        let Some(piece) = &mut self.piece else {
-            let done = if result < 0 { Err(IoError::Errno(-result)) } else { Ok(()) };
-            return Progress::Done(Answer::Meta(write.id, done));
-        };
-        match usize::try_from(result) {
-            Ok(moved) if moved >= 512 => piece.done += moved - moved % 512,
-            _ => {
-                let again = matches!(Errno::from_raw(-result), Errno::EAGAIN | Errno::EINTR);
-                self.idle_results += 1;
-                if again && self.idle_results < MAX_IDLE_RESULTS {
-                    return Progress::Again;
-                }
-                let errno = if result >= 0 { libc::EIO } else { -result };
-                write.error.set(Some(IoError::Errno(errno)));
-                piece.done = piece.buffer.len();
-            }
-        }
-        if piece.done < piece.buffer.len() {
-            return Progress::Again;
-        }
-        write.pieces_left.set(write.pieces_left.get() - 1);
-        if write.pieces_left.get() > 0 {
-            return Progress::Quiet;
-        }
-        match write.error.get() {
-            Some(error) => Progress::Done(Answer::Meta(write.id, Err(error))),
-            None if write.flush => {
-                self.piece = None;
-                Progress::Again
-            }
-            None => Progress::Done(Answer::Meta(write.id, Ok(()))),
-        }
-    }
-}
-
-impl Disk {
-    /// What a metadata write puts where; neighbouring bitmap pages become one piece. `None`: no memory.
-    fn meta_pieces(&self, write: &MetaWrite, pool: &BufferPool) -> Option<Vec<MetaPiece>> {
-        let block = |bytes: &[u8], offset| {
-            let buffer = pool.take(bytes.len(), Account::Meta)?;
-            buffer.copy_in(0, bytes);
-            Some(MetaPiece { buffer, offset, done: 0 })
-        };
-        let layout = self.layout.borrow();
-        match write {
-            MetaWrite::Superblock(superblock) => {
-                Some(vec![block(&superblock.encode(), layout.superblock_byte())?])
-            }
-            MetaWrite::AlTransaction(transaction) => {
-                Some(vec![block(&transaction.encode().ok()?, layout.al_block_byte(transaction.number))?])
-            }
-            MetaWrite::AlInit => {
-                let blocks = layout.al_blocks();
-                let bytes = al_ring::initialised_block();
-                (0..blocks)
-                    .map(|index| block(&bytes, layout.al_byte() + u64::from(index) * BLOCK_BYTES as u64))
-                    .collect()
-            }
-            MetaWrite::Bitmap(pages) => {
-                let mut pieces: Vec<MetaPiece> = Vec::new();
-                let mut run = Vec::new();
-                let mut run_start = 0;
-                for page in pages {
-                    let offset = layout.bitmap_page_byte(page.index);
-                    let len = layout.bitmap_page_len(page.index);
-                    let joins = run_start + run.len() as u64 == offset && run.len() + len <= MAX_BUFFER_BYTES;
-                    if !run.is_empty() && !joins {
-                        pieces.push(block(&run, run_start)?);
-                        run.clear();
-                    }
-                    if run.is_empty() {
-                        run_start = offset;
-                    }
-                    run.extend_from_slice(&page.to_bytes()[..len]);
-                }
-                if !run.is_empty() {
-                    pieces.push(block(&run, run_start)?);
-                }
-                Some(pieces)
-            }
-            MetaWrite::Relocate => {
-                drop(layout);
-                self.relocate();
-                Some(Vec::new())
-            }
-            MetaWrite::ForgetOldPlace => {
-                self.note_size();
-                match self.left_behind.take() {
-                    Some(place) => Some(vec![block(&[0; BLOCK_BYTES], place)?]),
-                    None => Some(Vec::new()),
-                }
-            }
-        }
-    }
-}
-
 /// Makes the call on this thread; the result as the ring would give it.
 fn execute(fd: BorrowedFd<'_>, call: &Call) -> i32 {
     let raw = fd.as_raw_fd();
@@ -623,7 +465,8 @@ fn file_offset(bytes: u64) -> libc::off_t {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::meta::{BitmapPage, MetaKind, Superblock};
+    use crate::core::event::MetaWrite;
+    use crate::meta::{BLOCK_BYTES, BitmapPage, MetaKind, Superblock, al_ring};
     use crate::runtime::backing::MetaDisk;
     use crate::runtime::backing::create::{CreateOptions, Operator, create};
     use crate::runtime::buffers::MIN_POOL_BYTES;

@@ -13,9 +13,10 @@
 //! Order inside a turn: frames and answers leave before disk IO that runs on this thread (disks in memory), so that the
 //! peer works at the same time.
 use super::buffers::BufferPool;
-use super::disk::{Answer, DataJob, Disk, DiskJob, MetaJob};
+use super::disk::{Answer, DataJob, Disk, DiskJob};
 use super::handlers::{self, HandlerPlan};
 use super::inbox::{Inbox, Item};
+use super::meta_job::MetaJob;
 use super::nbd_conn::{Client, Demand, FrontRequest, Origin, Shared};
 use super::net::Wish;
 use super::peer::Peer;

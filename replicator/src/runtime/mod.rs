@@ -25,6 +25,7 @@ mod handle;
 pub mod handlers;
 mod inbox;
 mod memory;
+mod meta_job;
 mod nbd_conn;
 mod net;
 mod peer;

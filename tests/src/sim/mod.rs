@@ -3,12 +3,14 @@
 //! | file | holds |
 //! |---|---|
 //! | `world.rs` | event heap, virtual clock, the runtime's part of the boundary |
+//! | `options.rs` | what a world is made of |
+//! | `device_io.rs` | how long an IO takes, whether it fails, what it leaves |
 //! | `net.rs` | the network, and how it fails |
 //! | `node.rs` | one node: core, buffers, crash and restart |
 //! | `disk.rs`, `meta_area.rs` | backing disk with a volatile cache, metadata in real bytes, and how they fail |
 //! | `real_area.rs` | metadata at its real place, on devices that grow |
 //! | `blocks.rs` | sets of blocks: what has changed since it was last looked at |
-//! | `history.rs` | what each node may hold, from what the application was told |
+//! | `history/` | what each node may hold, from what the application was told |
 //! | `oracle.rs` | what must be true, and when it is looked at |
 //! | `plan.rs`, `run.rs` | random runs: options and actions from the seed, the two phases |
 //! | `mixed.rs`, `extra.rs` | rarer features laid over a plan, and how they are carried out |
@@ -20,6 +22,7 @@
 //! also at its n-th metadata write, and come back with other options. Operators type verbs at any moment.
 //! At most one node is Primary unless an operator of the run makes it so on purpose.
 pub mod blocks;
+mod device_io;
 pub mod disk;
 mod extra;
 pub mod history;
@@ -28,6 +31,7 @@ pub mod minimise;
 pub mod mixed;
 pub mod net;
 pub mod node;
+pub mod options;
 pub mod oracle;
 pub mod orders;
 pub mod plan;
@@ -36,7 +40,8 @@ pub mod run;
 pub mod script;
 pub mod world;
 
-pub use world::{Options, World};
+pub use options::Options;
+pub use world::World;
 
 /// One random run without the features of `mixed.rs`; `Err` says what was wrong, with the seed in it. A panic
 /// counts, too.

@@ -12,7 +12,8 @@
 //! * a second transport may come up while the old one is believed alive; the runtime refuses it before the
 //!   core sees it, and a core that does see it must refuse it ([`World::duplicate_connect`]).
 use super::Rng;
-use super::world::{Ev, MS, US, Weather, World};
+use super::options::Weather;
+use super::world::{Ev, MS, US, World};
 use lockstep_proto::Message;
 use lockstep_replicator::core::event::{Input, LostReason, Payload, SessionId};
 use lockstep_replicator::units::SectorCount;

@@ -2,7 +2,7 @@
 //! features) and a list of timed actions. A plan is data, so that a failing one can be made smaller.
 use super::Rng;
 use super::mixed::{Extra, Feature};
-use super::world::{Options, Weather};
+use super::options::{Options, Weather};
 use lockstep_replicator::core::config::{OnIoError, Protocol, RateControl};
 
 const MS: u64 = 1_000_000;

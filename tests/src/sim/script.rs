@@ -1,6 +1,7 @@
 //! Small steps that stories are told with.
 use super::node::VOLUME;
-use super::world::{Options, World};
+use super::options::Options;
+use super::world::World;
 use lockstep_replicator::core::event::{AdminCommand, HandlerName, HandlerToken, Input, Refusal, RequestOp};
 use lockstep_replicator::core::state::ConnState;
 use lockstep_replicator::core::status::ResourceStatus;

@@ -1,20 +1,20 @@
 //! Event heap, virtual clock, and the runtime's part of the boundary. The network is in `net.rs`, what is
 //! concluded from all this in `oracle.rs`.
 use super::Rng;
+use super::device_io::meta_text;
 use super::history::History;
 use super::meta_area::MetaFate;
 use super::net::{Network, Wire};
-use super::node::{Ids, InFlight, Node, VOLUME, io_key, meta_key};
+use super::node::{Ids, Node, meta_key};
+use super::options::Options;
 use super::oracle::Oracle;
 pub use super::orders::Choice;
 use lockstep_proto::Message;
 use lockstep_replicator::core::Resource;
-use lockstep_replicator::core::config::{NetConfig, ResourceOptions, VolumeConfig};
+use lockstep_replicator::core::config::{NetConfig, VolumeConfig};
 use lockstep_replicator::core::event::{
-    AdminCommand, Digest, DiskIo, DiskOk, DiskOp, Event, HandlerName, HandlerToken, Input, IoError, IoId,
-    MetaId, Output, Request, RequestId, RequestOp, SessionId,
+    AdminCommand, Event, HandlerName, HandlerToken, Input, Output, Request, RequestId, RequestOp, SessionId,
 };
-use lockstep_replicator::core::fault::Fault;
 use lockstep_replicator::core::state::{ConnState, DiskState, ReplState, Role};
 use lockstep_replicator::core::status::{ResourceStatus, States};
 use lockstep_replicator::units::{BlockRange, Sector, SectorCount, Time, VolumeNr};
@@ -23,106 +23,6 @@ use std::collections::{BTreeMap, BinaryHeap};
 
 pub(super) const US: u64 = 1000;
 pub(super) const MS: u64 = 1_000_000;
-
-/// What a world is made of.
-#[derive(Clone, Debug)]
-pub struct Options {
-    /// Everything random comes from it.
-    pub seed: u64,
-    /// Size of both disks of volume 0.
-    pub sectors: u64,
-    /// Sizes of volumes 1 and up.
-    pub more_volumes: Vec<u64>,
-    /// How fast disks and network are.
-    pub weather: Weather,
-    /// Network options of both nodes.
-    pub net: NetConfig,
-    /// Volume options of both nodes.
-    pub volume: VolumeConfig,
-    /// Options of the resource on both nodes.
-    pub resource: ResourceOptions,
-    /// The run may have features of `mixed.rs`.
-    pub mixed: bool,
-    /// Which were ordered, for a person who runs it again.
-    pub ordered: String,
-    /// Print every event.
-    pub verbose: bool,
-    /// Look at whole disks too where only what changed is looked at, and compare the answers. Slow.
-    pub compare: bool,
-    /// Both cores have this defect.
-    pub planted: Option<Fault>,
-}
-
-impl Options {
-    /// Small disks, protocol C, no ko-count: a write that hangs shall be found, not timed out.
-    #[must_use]
-    pub fn new(seed: u64) -> Self {
-        let net = NetConfig { ko_count: 0, connect_int_ms: 1000, ..NetConfig::default() };
-        let volume = VolumeConfig { al_extents: 67, ..VolumeConfig::new(VOLUME) };
-        let verbose = std::env::var_os("SIM_VERBOSE").is_some();
-        Self {
-            seed,
-            sectors: 32 * 2048,
-            more_volumes: Vec::new(),
-            weather: Weather::default(),
-            net,
-            volume,
-            resource: ResourceOptions::default(),
-            mixed: false,
-            ordered: String::new(),
-            verbose,
-            compare: std::env::var_os("SIM_COMPARE").is_some(),
-            planted: planted_from_environment(),
-        }
-    }
-
-    /// How the run is named, and run again.
-    #[must_use]
-    pub fn name(&self) -> String {
-        format!("seed {}{}{}", self.seed, if self.mixed { "" } else { " --plain" }, self.ordered)
-    }
-}
-
-/// The defect that a negative control asks for; none in any other build.
-fn planted_from_environment() -> Option<Fault> {
-    #[cfg(feature = "planted-faults")]
-    return crate::planted::from_environment();
-    #[cfg(not(feature = "planted-faults"))]
-    None
-}
-
-/// Latencies: most IO takes the short time, some ten times that, a few in a hundred the long one.
-#[derive(Clone, Debug)]
-pub struct Weather {
-    /// A disk IO, microseconds.
-    pub disk_us: u64,
-    /// A disk IO of the slow kind, milliseconds.
-    pub disk_slow_ms: u64,
-    /// A message to each node, microseconds.
-    pub net_us: [u64; 2],
-    /// A delayed message, milliseconds.
-    pub net_slow_ms: u64,
-    /// A link that drips: this long for each sector of payload, ns.
-    pub drip_ns: u64,
-    /// A node learns within this time that a transport is gone, milliseconds.
-    pub notice_ms: u64,
-    /// A node that loses power may tell nobody for seconds.
-    pub quiet_power: bool,
-}
-
-impl Default for Weather {
-    fn default() -> Self {
-        Self {
-            disk_us: 400,
-            disk_slow_ms: 30,
-            net_us: [300; 2],
-            net_slow_ms: 40,
-            drip_ns: 0,
-            notice_ms: 20,
-            quiet_power: false,
-        }
-    }
-}
 
 pub(super) enum Ev {
     Disk { node: usize, life: u64, id: u64 },
@@ -649,100 +549,6 @@ impl World {
         }
     }
 
-    fn meta_done(&mut self, node: usize, id: u64) {
-        let Some((volume, write)) = self.nodes[node].metas.remove(&id) else { return };
-        let disk = &mut self.nodes[node].disks[volume];
-        let failed = disk.faults.dead || disk.faults.metas > 0;
-        disk.faults.metas = disk.faults.metas.saturating_sub(1);
-        let result = if failed {
-            disk.meta.maybe_apply(&write, &mut self.rng);
-            self.trace(|| format!("n{node} meta {id} fails"));
-            Err(IoError::Errno(5))
-        } else {
-            disk.meta.apply(&write);
-            Ok(())
-        };
-        self.feed(node, Input::MetaDone { id: MetaId(id), result });
-    }
-
-    /// Whether this IO fails, as ordered or by chance.
-    fn io_fails(&mut self, node: usize, volume: usize, io: &DiskIo) -> bool {
-        let this = &mut self.nodes[node];
-        let write = !matches!(io.op, DiskOp::Read | DiskOp::ReadDigest | DiskOp::Flush);
-        let unlucky = this.eio_per_mille > 0 && self.rng.below(1000) < this.eio_per_mille;
-        let faults = &mut this.disks[volume].faults;
-        let (all, own) = match io.op {
-            DiskOp::Read | DiskOp::ReadDigest => (&mut 0, &mut faults.reads),
-            DiskOp::Flush => (&mut this.fail_flushes, &mut faults.flushes),
-            DiskOp::Write | DiskOp::WriteZeroes { .. } | DiskOp::Discard => {
-                (&mut this.fail_writes, &mut faults.writes)
-            }
-        };
-        let ordered = *all > 0 || *own > 0;
-        *all = all.saturating_sub(1);
-        *own = own.saturating_sub(1);
-        let bad = match (io.range, faults.bad) {
-            (Some(range), Some((bad, writes_too))) if range.overlaps(bad) => {
-                if write && !writes_too {
-                    // Writing to a bad sector makes it good.
-                    faults.bad = None;
-                }
-                !write || writes_too
-            }
-            _ => false,
-        };
-        unlucky || ordered || bad || faults.dead
-    }
-
-    fn disk_done(&mut self, node: usize, id: u64) {
-        let Some(InFlight { io, content, mark }) = self.nodes[node].ios.remove(&id) else { return };
-        let volume = usize::from(io.volume.0);
-        let write = !matches!(io.op, DiskOp::Read | DiskOp::ReadDigest | DiskOp::Flush);
-        let mut result = Ok(DiskOk::default());
-        if self.io_fails(node, volume, &io) {
-            self.trace(|| format!("n{node} disk io {id} fails"));
-            if let (Some(range), false) = (io.range, write) {
-                self.oracle.unreadable(volume, range);
-            }
-            if let (Some(range), true) = (io.range, write) {
-                self.nodes[node].disks[volume].maybe_write(range, &content, &mut self.rng);
-            }
-            result = Err(IoError::Errno(5));
-        } else {
-            let this = &mut self.nodes[node];
-            match (io.op, io.range) {
-                (DiskOp::Read | DiskOp::ReadDigest, Some(range)) => {
-                    let data = this.disks[volume].read(range);
-                    if let Some(buffer) = io.buffer {
-                        if let Some(buffer) = this.buffers.get_mut(&buffer.0) {
-                            buffer.data = data;
-                        }
-                    } else {
-                        let all_zero = data.iter().all(|value| *value == 0);
-                        let digest = (io.op == DiskOp::ReadDigest).then(|| digest(&data));
-                        let buffer = this.new_buffer(data);
-                        result = Ok(DiskOk { buffer: Some(buffer), all_zero, digest });
-                    }
-                }
-                (DiskOp::Flush, _) => this.disks[volume].flush(mark),
-                (_, Some(range)) => {
-                    let start = usize::try_from(range.start().0).unwrap_or(usize::MAX);
-                    let tag = self.history.land(node, volume, start, &content);
-                    this.disks[volume].write(range, content, io.fua, tag);
-                }
-                (_, None) => {}
-            }
-        }
-        if let Some(id) = io.buffer {
-            let this = &mut self.nodes[node];
-            if let Some(buffer) = this.buffers.get_mut(&id.0) {
-                buffer.disk -= 1;
-            }
-            this.collect(id);
-        }
-        self.feed(node, Input::DiskDone { id: IoId(id), result });
-    }
-
     /// Gives an input to a core and does all it asks for.
     pub fn feed(&mut self, node: usize, input: Input) {
         let now = Time(self.now);
@@ -767,20 +573,6 @@ impl World {
                 self.nodes[node].timer_at = Some((at, self.seq));
             }
         }
-    }
-
-    fn io_delay(&mut self, node: usize, volume: usize) -> Option<u64> {
-        self.disk_ios += 1;
-        if let Some(stuck) = self.nodes[node].disks[volume].faults.stick.take() {
-            self.trace(|| format!("n{node} that IO is stuck"));
-            return (stuck != u64::MAX).then_some(stuck);
-        }
-        let Weather { disk_us, disk_slow_ms, .. } = self.options.weather;
-        Some(match self.rng.below(100) {
-            0..=1 => self.rng.below(disk_slow_ms * MS),
-            2..=20 => disk_us * US + self.rng.below(disk_us * 8 * US),
-            _ => 20 * US + self.rng.below(disk_us * US),
-        })
     }
 
     fn obey(&mut self, node: usize, output: Output) {
@@ -882,72 +674,5 @@ impl World {
                 self.nodes[node].disk_open[volume] = false;
             }
         }
-    }
-
-    fn start_io(&mut self, node: usize, io: DiskIo) {
-        let life = self.nodes[node].life;
-        let volume = usize::from(io.volume.0);
-        if !self.nodes[node].disk_open[volume] {
-            self.fail(format!("n{node}: IO on a disk that was let go"));
-        }
-        let this = &mut self.nodes[node];
-        let length = io.range.map_or(0, |range| usize::try_from(range.len().0).unwrap_or(0));
-        let content = match io.op {
-            DiskOp::Write => io.buffer.map(|id| this.data(id)[..length].to_vec()).unwrap_or_default(),
-            DiskOp::WriteZeroes { .. } | DiskOp::Discard => vec![0; length],
-            DiskOp::Read | DiskOp::ReadDigest | DiskOp::Flush => Vec::new(),
-        };
-        if let Some(buffer) = io.buffer.and_then(|id| this.buffers.get_mut(&id.0)) {
-            buffer.disk += 1;
-        }
-        let reads = |op: DiskOp| matches!(op, DiskOp::Read | DiskOp::ReadDigest);
-        if !reads(io.op) && io.op != DiskOp::Flush && io.range.is_some() {
-            let range = io.range;
-            let overlap = this.ios.values().any(|other| {
-                !reads(other.io.op)
-                    && other.io.volume == io.volume
-                    && other.io.range.is_some_and(|other| range.is_some_and(|range| range.overlaps(other)))
-            });
-            if overlap {
-                self.fail(format!("n{node}: two writes of {range:?} in flight at once"));
-            }
-        }
-        let mark = self.nodes[node].disks[volume].mark();
-        let id = io_key(io.id);
-        self.trace(|| match io.range {
-            Some(range) => format!("n{node} disk io {id}: {:?} {volume}/{range:?} fua {}", io.op, io.fua),
-            None => format!("n{node} disk io {id}: {:?} of volume {volume}", io.op),
-        });
-        let stuck = io.op == DiskOp::Flush && self.nodes[node].disks[volume].faults.stuck_flushes;
-        self.nodes[node].ios.insert(id, InFlight { io, content, mark });
-        if stuck {
-            return;
-        }
-        if let Some(delay) = self.io_delay(node, volume) {
-            self.schedule(self.now + delay, Ev::Disk { node, life, id });
-        }
-    }
-}
-
-/// What a digest of real data would be here: four different mixes of what the sectors hold.
-fn digest(data: &[u32]) -> Digest {
-    let words = [1_u64, 2, 3, 4].map(|salt| {
-        data.iter().fold(salt, |state, value| {
-            let mut rng = Rng::new(state ^ u64::from(*value));
-            rng.next()
-        })
-    });
-    Digest(words)
-}
-
-fn meta_text(write: &lockstep_replicator::core::event::MetaWrite) -> String {
-    use lockstep_replicator::core::event::MetaWrite;
-    match write {
-        MetaWrite::Superblock(sb) => format!("superblock uuid {:x?} flags {:x}", sb.uuid, sb.flags),
-        MetaWrite::AlTransaction(t) => format!("al {:?}", t.updates),
-        MetaWrite::AlInit => "al init".into(),
-        MetaWrite::Relocate => "relocate".into(),
-        MetaWrite::ForgetOldPlace => "forget the old place".into(),
-        MetaWrite::Bitmap(pages) => format!("{} bitmap pages", pages.len()),
     }
 }
