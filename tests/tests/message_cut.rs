@@ -1,77 +1,39 @@
 //! Procedures cut after the n-th message in either direction, for every n: the link blinks, stays down while
 //! the application goes on, or falls silent in one direction only. Generator 2 of the catalogue of scenarios
 //! (S01, S02, S04, S08, S22, S28, S45 and whatever else a lost message may do).
-use lockstep_tests::procedures::judge::{Interruption, Tally};
+use lockstep_tests::procedures::campaign::{Campaign, of, one};
+use lockstep_tests::procedures::judge::Interruption;
 use lockstep_tests::procedures::{Kind, Procedure, everyday, resizes, split_brains};
 use lockstep_tests::sim::net::Cut;
 
-/// Where a procedure repeats itself, once more around is enough.
-const MOST: u64 = 100;
+const CUTS: [Cut; 3] = [Cut::Blink, Cut::Down, Cut::Silence];
 
-/// Every cut of these (with the seed `LOCKSTEP_CUT_SEED`, default 1) procedures; what went wrong, all of it.
+/// Every cut of these procedures.
 #[allow(clippy::print_stdout, reason = "says how much was tried")]
 fn cut_everywhere(procedures: &[Procedure]) {
-    assert!(!procedures.is_empty());
-    let (mut cuts, mut splits) = (0, 0);
-    let mut wrong = Vec::new();
-    let seed = std::env::var("LOCKSTEP_CUT_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(1);
+    let mut campaign = Campaign::default();
     for procedure in procedures {
-        let whole = procedure.run(seed, Interruption::None).unwrap_or_else(|why| {
-            wrong.push(why);
-            Tally::default()
-        });
-        for to in 0..2 {
-            for how in [Cut::Blink, Cut::Down, Cut::Silence] {
-                let mut hits = 0;
-                let last = whole.messages[to].min(MOST);
-                for after in 0..last {
-                    match procedure.run(seed, Interruption::Message { to, after, how }) {
-                        Ok(tally) => {
-                            hits += u64::from(tally.hit);
-                            splits += u64::from(tally.split);
-                        }
-                        Err(why) => wrong.push(why),
-                    }
+        let messages = campaign.whole(procedure).messages;
+        for (to, arrived) in messages.into_iter().enumerate() {
+            for how in CUTS {
+                for after in 0..arrived {
+                    campaign.interrupt(procedure, Interruption::Message { to, after, how });
                 }
-                // Nothing random happens before the cut: the same messages come until then.
-                let met = hits == last || !wrong.is_empty();
-                assert!(met, "{}: {hits} of {whole:?} to n{to}", procedure.name);
-                cuts += hits;
             }
         }
-        println!("{}: {:?} messages", procedure.name, whole.messages);
+        println!("{}: {messages:?} messages", procedure.name);
     }
-    println!("{cuts} cuts, {splits} split brains");
-    let some: Vec<_> = wrong.iter().take(12).map(String::as_str).collect();
-    assert!(wrong.is_empty(), "{} of {cuts}:\n{}", wrong.len(), some.join("\n"));
-    assert!(cuts > 50, "only {cuts} cuts");
+    campaign.judge(50);
 }
 
-fn of(procedures: Vec<Procedure>, wanted: impl Fn(&Procedure) -> bool) -> Vec<Procedure> {
-    procedures.into_iter().filter(wanted).collect()
-}
-
-/// One cut, told in full with `SIM_VERBOSE=1`: `CUT="name,to,after,how" cargo test ... one_cut`.
+/// One cut: `CUT="name,to,after,how" cargo test ... one_cut`.
 #[test]
-#[allow(clippy::print_stdout, reason = "says why it skips")]
 fn one_cut() {
-    let Ok(wanted) = std::env::var("CUT") else {
-        println!("skipped: CUT names no cut");
-        return;
-    };
-    let mut parts = wanted.rsplitn(4, ',');
-    let mut next = || parts.next().expect("name,to,after,how").to_owned();
-    let (how, after, to, name) = (next(), next(), next(), next());
-    let how = match how.as_str() {
-        "Blink" => Cut::Blink,
-        "Down" => Cut::Down,
-        _ => Cut::Silence,
-    };
-    let all = [everyday(), resizes(), split_brains()].concat();
-    let procedure = all.iter().find(|procedure| procedure.name == name).expect("a procedure of this name");
-    let (to, after) = (to.parse().expect("a node"), after.parse().expect("a number"));
-    let seed = std::env::var("LOCKSTEP_CUT_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(1);
-    println!("{:?}", procedure.run(seed, Interruption::Message { to, after, how }));
+    one("CUT", "name,to,after,how", |[to, after, how]| Interruption::Message {
+        to: to.parse().expect("a node"),
+        after: after.parse().expect("a number"),
+        how: CUTS.into_iter().find(|known| format!("{known:?}") == how).expect("Blink, Down or Silence"),
+    });
 }
 
 #[test]

@@ -1,67 +1,42 @@
 //! Procedures in which a node stops at its n-th metadata write, for every n: killed or without power, and the
 //! metadata writes in flight are there, not there, or torn. Generator 3 of the catalogue of scenarios
 //! (S11-S18 and whatever else depends on the order of metadata writes).
-use lockstep_tests::procedures::judge::{Interruption, Tally};
+use lockstep_tests::procedures::campaign::{Campaign, of, one};
+use lockstep_tests::procedures::judge::Interruption;
 use lockstep_tests::procedures::{Kind, Procedure, everyday, resizes, split_brains};
 use lockstep_tests::sim::meta_area::MetaFate;
 
 const FATES: [MetaFate; 3] = [MetaFate::Old, MetaFate::New, MetaFate::Torn];
 
-/// Every stop of these (with the seed `LOCKSTEP_CUT_SEED`, default 1) procedures; what went wrong, all of it.
+/// Every stop of these procedures.
 #[allow(clippy::print_stdout, reason = "says how much was tried")]
 fn stop_everywhere(procedures: &[Procedure]) {
-    assert!(!procedures.is_empty());
-    let (mut stops, mut splits) = (0, 0);
-    let mut wrong = Vec::new();
-    let seed = std::env::var("LOCKSTEP_CUT_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(1);
+    let mut campaign = Campaign::default();
     for procedure in procedures {
-        let whole = procedure.run(seed, Interruption::None).unwrap_or_else(|why| {
-            wrong.push(why);
-            Tally::default()
-        });
-        for (node, (power, fate)) in
-            (0..2).flat_map(|node| [false, true].into_iter().flat_map(move |p| FATES.map(|f| (node, (p, f)))))
-        {
-            for nth in 0..whole.metas[node] {
-                match procedure.run(seed, Interruption::Metadata { node, nth, power, fate }) {
-                    Ok(tally) => {
-                        assert!(tally.hit, "{}: n{node} never came to write {nth}", procedure.name);
-                        stops += 1;
-                        splits += u64::from(tally.split);
+        let metas = campaign.whole(procedure).metas;
+        for (node, writes) in metas.into_iter().enumerate() {
+            for power in [false, true] {
+                for fate in FATES {
+                    for nth in 0..writes {
+                        campaign.interrupt(procedure, Interruption::Metadata { node, nth, power, fate });
                     }
-                    Err(why) => wrong.push(why),
                 }
             }
         }
-        println!("{}: {:?} metadata writes", procedure.name, whole.metas);
+        println!("{}: {metas:?} metadata writes", procedure.name);
     }
-    println!("{stops} stops, {splits} split brains");
-    let some: Vec<_> = wrong.iter().take(12).map(String::as_str).collect();
-    assert!(wrong.is_empty(), "{} of {stops}:\n{}", wrong.len(), some.join("\n"));
-    assert!(stops > 10, "only {stops} stops");
+    campaign.judge(10);
 }
 
-fn of(procedures: Vec<Procedure>, wanted: impl Fn(&Procedure) -> bool) -> Vec<Procedure> {
-    procedures.into_iter().filter(wanted).collect()
-}
-
-/// One stop, told in full with `SIM_VERBOSE=1`: `STOP="name,node,nth,power,fate" cargo test ... one_stop`.
+/// One stop: `STOP="name,node,nth,power,fate" cargo test ... one_stop`.
 #[test]
-#[allow(clippy::print_stdout, reason = "says why it skips")]
 fn one_stop() {
-    let Ok(wanted) = std::env::var("STOP") else {
-        println!("skipped: STOP names no stop");
-        return;
-    };
-    let mut parts = wanted.rsplitn(5, ',');
-    let mut next = || parts.next().expect("name,node,nth,power,fate").to_owned();
-    let (fate, power, nth, node, name) = (next(), next(), next(), next(), next());
-    let fate = FATES.into_iter().find(|known| format!("{known:?}") == fate).expect("Old, New or Torn");
-    let all = [everyday(), resizes(), split_brains()].concat();
-    let procedure = all.iter().find(|procedure| procedure.name == name).expect("a procedure of this name");
-    let (node, nth) = (node.parse().expect("a node"), nth.parse().expect("a number"));
-    let seed = std::env::var("LOCKSTEP_CUT_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(1);
-    println!("{:?}", procedure.run(seed, Interruption::Metadata { node, nth, power: power == "true", fate }));
+    one("STOP", "name,node,nth,power,fate", |[node, nth, power, fate]| Interruption::Metadata {
+        node: node.parse().expect("a node"),
+        nth: nth.parse().expect("a number"),
+        power: power == "true",
+        fate: FATES.into_iter().find(|known| format!("{known:?}") == fate).expect("Old, New or Torn"),
+    });
 }
 
 #[test]

@@ -121,7 +121,7 @@ fn by_any_scenario(fault: Fault) -> Option<Caught> {
 
 /// `.ci/planted check`: what noticed each defect once still does, or a few seeds more do.
 #[test]
-#[ignore = "takes minutes; .ci/planted check"]
+#[ignore = "needs the build that plants defects: .ci/planted check"]
 fn planted_defects_are_noticed() {
     let text = std::fs::read_to_string(report_path()).expect("docs/planted-faults.md");
     let known = known(&text);

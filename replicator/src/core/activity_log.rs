@@ -230,11 +230,6 @@ impl ActivityLog {
         self.slots.iter().filter(|slot| slot.refs > 0).count() as u64
     }
 
-    /// Extents the disk knows as hot.
-    pub fn hot_extents(&self) -> impl Iterator<Item = u32> + '_ {
-        self.on_disk.iter().copied().filter(|extent| *extent != FREE)
-    }
-
     fn slot_of(&self, extent: u64) -> Option<u16> {
         let slot = self.index.get(usize::try_from(extent).ok()?).copied()?;
         (slot != NO_SLOT).then_some(slot)

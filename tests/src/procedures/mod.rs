@@ -6,6 +6,7 @@
 //! ([`Procedure::act`], which therefore asserts nothing and waits for nothing for ever), and an end: a careful
 //! operator brings both nodes back (`judge.rs`), and then they are equal, in sync and idle, or in the split
 //! brain that the procedure is about. Generators 2 and 3 of the catalogue of scenarios.
+pub mod campaign;
 pub mod judge;
 pub mod steps;
 
