@@ -247,3 +247,24 @@ fn the_policy_needs_protocol_a() {
     assert!(refused.facts[0].contains("protocol C") && refused.advice.contains("protocol A"));
     quiet(&mut world);
 }
+
+/// The disk of a node that is Ahead fails, and an IO keeps it from leaving: what it says meanwhile does not
+/// make its peer think that the disk is good.
+#[test]
+fn a_node_that_is_ahead_loses_its_disk() {
+    let mut world = pulled_ahead(narrow(30));
+    within(&mut world, 2000, |w| repl(w, 1) == Some(ReplState::Behind) && open(w, 0) == 0);
+    world.nodes[0].disks[0].faults.stick = Some(1_000_000_000);
+    world.request(0, RequestOp::Write, 0, 8, false);
+    fail_writes(&mut world, 0, 2);
+    world.request(0, RequestOp::Write, 80, 8, false);
+    pass(&mut world, 300);
+    assert_eq!(world.state(0).unwrap().1, DiskState::Failed);
+    let peer_disk = status(&world, 1).connection.peer_volumes[0].peer_disk;
+    assert_eq!((repl(&world, 1), peer_disk), (Some(ReplState::Established), DiskState::Failed));
+    slow(&mut world, 1, 0);
+    within(&mut world, 5000, |w| w.state(0).unwrap().1 == DiskState::Diskless && open(w, 0) == 0);
+    fail_writes(&mut world, 0, 0);
+    world.attach(0);
+    quiet(&mut world);
+}

@@ -6,7 +6,7 @@ use lockstep_replicator::core::policy::{Obstacle, Outcome};
 use lockstep_replicator::core::state::{ConnState, DiskState};
 use lockstep_tests::sim::node::VOLUME;
 use lockstep_tests::sim::script::{
-    deaf, detach, fail_metas, load, open, pair_with, pass, quiet, verb, within,
+    deaf, detach, fail_metas, load, open, pair_with, pass, quiet, slow, verb, within,
 };
 use lockstep_tests::sim::{Options, World};
 
@@ -148,4 +148,131 @@ fn a_generation_that_never_became_durable_was_shown_to_nobody() {
         world.attach(0);
         quiet(&mut world);
     }
+}
+
+/// Under A and B a write is acknowledged before the peer has it on its disk. When the own disk goes then, a
+/// read goes there, and waits for it.
+#[test]
+fn a_read_from_the_peer_waits_for_the_writes_sent_before_it() {
+    for protocol in [Protocol::A, Protocol::B] {
+        for force in [true, false] {
+            let mut world = pair(7500, protocol);
+            write(&mut world, 64);
+            pass(&mut world, 50);
+            world.nodes[1].disks[0].faults.stick = Some(500_000_000);
+            write(&mut world, 64);
+            world.admin(0, "detach", AdminCommand::Detach { volume: VOLUME, force });
+            pass(&mut world, 1);
+            assert_ne!(disk(&world, 0), DiskState::UpToDate);
+            read(&mut world, 64);
+            within(&mut world, 2000, |w| disk(w, 0) == DiskState::Diskless);
+            world.attach(0);
+            quiet(&mut world);
+        }
+    }
+}
+
+/// Only the peer has it on stable storage, and does not know yet that it counts: if both stopped, the disk
+/// that lost it would be believed.
+#[test]
+fn a_flush_that_failed_here_is_done_when_the_peer_knows_that_its_copy_counts() {
+    for seed in 0..30 {
+        let mut world = pair(7600 + seed, Protocol::C);
+        write(&mut world, 64);
+        pass(&mut world, 50);
+        world.nodes[0].disks[0].faults.flushes = 1;
+        world.flush(0);
+        within(&mut world, 2000, |w| open(w, 0) == 0);
+        assert_eq!(world.failed_requests, 0);
+        (0..2).for_each(|node| world.crash(node, true));
+        (0..2).for_each(|node| world.start(node));
+        quiet(&mut world);
+    }
+}
+
+#[test]
+fn a_flush_that_comes_while_the_disk_leaves_is_done_when_the_peer_knows_that_its_copy_counts() {
+    for seed in 0..30 {
+        let mut world = pair(7700 + seed, Protocol::C);
+        write(&mut world, 64);
+        pass(&mut world, 50);
+        slow(&mut world, 1, 50);
+        world.admin(0, "detach", AdminCommand::Detach { volume: VOLUME, force: false });
+        world.flush(0);
+        within(&mut world, 2000, |w| open(w, 0) == 0);
+        assert_eq!(world.failed_requests, 0);
+        (0..2).for_each(|node| world.crash(node, true));
+        slow(&mut world, 1, 0);
+        (0..2).for_each(|node| world.start(node));
+        quiet(&mut world);
+    }
+}
+
+/// The disk stays: the flush is its business again.
+#[test]
+fn a_flush_outlives_a_detach_that_is_called_off() {
+    for seed in 0..20 {
+        let mut world = pair(7800 + seed, Protocol::C);
+        write(&mut world, 64);
+        world.nodes[0].disks[0].faults.stick = Some(500_000_000);
+        world.request(0, RequestOp::Write, 800, 8, false);
+        let id = world.admin(0, "detach", AdminCommand::Detach { volume: VOLUME, force: false });
+        within(&mut world, 1000, |w| {
+            w.state(1).is_some_and(|s| s.1 == DiskState::UpToDate) && disk(w, 0) == DiskState::Detaching
+        });
+        pass(&mut world, 20);
+        // The barrier of a write that only the peer gets keeps the flush waiting.
+        world.nodes[1].disks[0].faults.stuck_flushes = true;
+        world.request(0, RequestOp::Write, 1600, 8, false);
+        world.flush(0);
+        pass(&mut world, 20);
+        assert_eq!(open(&world, 0), 3, "seed {seed}");
+        world.crash(1, true);
+        world.nodes[1].disks[0].faults.stuck_flushes = false;
+        within(&mut world, 2000, |w| w.nodes[0].answers.contains_key(&id) && open(w, 0) == 0);
+        assert_eq!((world.failed_requests, disk(&world, 0)), (0, DiskState::UpToDate), "seed {seed}");
+        world.crash(0, true);
+        (0..2).for_each(|node| world.start(node));
+        quiet(&mut world);
+    }
+}
+
+/// The last copy loses its cache after this Primary gave its own disk up: it is not shown as if nothing were.
+#[test]
+fn a_last_copy_whose_flush_failed_is_not_taken_back() {
+    for seed in 0..20 {
+        let mut world = pair(7900 + seed, Protocol::C);
+        world.nodes[1].disks[0].faults.flushes = 1;
+        write(&mut world, 64);
+        let forced = verb(&mut world, 0, "detach", AdminCommand::Detach { volume: VOLUME, force: true });
+        assert_eq!(forced, Ok(()));
+        within(&mut world, 2000, |w| disk(w, 1) == DiskState::Diskless);
+        world.crash(1, true);
+        pass(&mut world, 100);
+        world.start(1);
+        within(&mut world, 5000, |w| {
+            (0..2).all(|n| w.state(n).is_some_and(|s| s.2 == ConnState::StandAlone))
+        });
+        assert!(refusals(&world) >= 2, "both nodes say why");
+    }
+}
+
+/// The own disk lost what a failed flush should have kept, and the peer went on with it.
+#[test]
+fn a_disk_whose_flush_failed_is_not_shown_to_the_application_again() {
+    let mut world = pair(8000, Protocol::C);
+    write(&mut world, 64);
+    world.nodes[0].disks[0].faults.flushes = 1;
+    world.flush(0);
+    within(&mut world, 2000, |w| open(w, 0) == 0 && disk(w, 0) == DiskState::Diskless);
+    assert_eq!(world.failed_requests, 0);
+    world.cut(true);
+    pass(&mut world, 100);
+    let id = world.attach(0);
+    within(&mut world, 2000, |w| w.nodes[0].answers.contains_key(&id));
+    assert_eq!(world.nodes[0].answers[&id].as_ref().unwrap_err().number, 150);
+    world.heal();
+    within(&mut world, 5000, |w| w.state(0).is_some_and(|s| s.2 == ConnState::Connected));
+    world.attach(0);
+    quiet(&mut world);
 }

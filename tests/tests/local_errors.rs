@@ -1,11 +1,11 @@
 //! A disk that fails: served by the peer, kept and repaired, or given up (SEM §9, §21).
 use lockstep_replicator::core::config::{OnIoError, OnNoData, Protocol};
-use lockstep_replicator::core::event::{Event, HandlerName, RequestOp};
+use lockstep_replicator::core::event::{AdminCommand, Event, HandlerName, RequestOp};
 use lockstep_replicator::core::state::{ConnState, DiskState, ReplState};
 use lockstep_tests::sim::node::VOLUME;
 use lockstep_tests::sim::script::{
     bad_block, detach, fail_metas, fail_writes, handler_says, is_bad, late_answer, load, open, pair_with,
-    pass, quiet, runs, sectors, status, waits_for, within,
+    pass, quiet, runs, sectors, status, verb, waits_for, within,
 };
 use lockstep_tests::sim::{Options, World};
 
@@ -354,4 +354,87 @@ fn a_repair_is_cut_after_any_message() {
         n += 1;
     }
     assert!(n > 10, "{n} messages only");
+}
+
+/// The peer refuses a write, and its superblock does not say so when both lose power. Alone it would be taken
+/// for the newest copy: what was told done is not overwritten by it without a word.
+#[test]
+fn a_write_that_the_peer_refused_makes_a_new_generation() {
+    for policy in [OnIoError::PassOn, OnIoError::Detach, OnIoError::CallLocalIoError] {
+        let mut splits = 0;
+        for seed in 0..12 {
+            let mut options = kept(1000 + seed);
+            options.volume.on_io_error = policy;
+            let mut world = pair_with(options);
+            handler_says(&mut world, 1, HandlerName::LocalIoError, None);
+            write(&mut world, 0, 64, 8);
+            quiet(&mut world);
+            fail_writes(&mut world, 1, 1);
+            world.request(0, RequestOp::Write, 64, 8, true);
+            within(&mut world, 1000, |w| !w.nodes[1].ios.is_empty());
+            // What it writes behind the failed write, its superblock, comes too late.
+            world.nodes[1].disks[0].faults.stick = Some(1_000_000_000);
+            within(&mut world, 2000, |w| open(w, 0) == 0);
+            assert_eq!(world.failed_requests, 0);
+            let held = sectors(&world, 0)[64..72].to_vec();
+            world.crash(0, true);
+            world.crash(1, true);
+            world.nodes[1].disks[0].faults.stick = None;
+            world.start(1);
+            pass(&mut world, 100);
+            let id = world.admin(1, "primary", AdminCommand::Primary { force: false });
+            within(&mut world, 2000, |w| w.nodes[1].answers.contains_key(&id));
+            world.start(0);
+            pass(&mut world, 3000);
+            assert_eq!(
+                sectors(&world, 0)[64..72],
+                held,
+                "{policy:?} seed {seed}: FUA, acknowledged, and gone"
+            );
+            if world.nodes[1].answers[&id].is_ok() {
+                splits += 1;
+                let alone = |n| world.state(n).is_some_and(|s| s.2 == ConnState::StandAlone);
+                assert!((0..2).all(alone), "a person decides");
+            }
+        }
+        assert!(splits > 3, "{policy:?}: {splits}");
+    }
+}
+
+/// `call-local-io-error` on the peer, whose flush failed: it does not call stable what its disk lost.
+#[test]
+fn no_barrier_is_acknowledged_while_the_peer_does_not_know_that_the_disk_failed() {
+    for told in [true, false] {
+        for seed in 0..20 {
+            let mut options = kept(1100 + seed);
+            options.volume.on_io_error = OnIoError::CallLocalIoError;
+            options.net.protocol = protocol(seed);
+            let mut world = pair_with(options);
+            handler_says(&mut world, 1, HandlerName::LocalIoError, None);
+            world.nodes[1].disks[0].faults.flushes = 1;
+            write(&mut world, 0, 64, 8);
+            pass(&mut world, 100);
+            assert_eq!(runs(&world, 1, HandlerName::LocalIoError), 1);
+            if told {
+                late_answer(&mut world, 1, HandlerName::LocalIoError, 0, 0);
+                within(&mut world, 1000, |w| disk(w, 1) == DiskState::Diskless && w.idle());
+            }
+            world.crash(1, true);
+            world.start(1);
+            quiet(&mut world);
+        }
+    }
+}
+
+/// `outdate` is done when the superblock says so, not when the disk failed to take it.
+#[test]
+fn a_verb_whose_record_failed_is_refused() {
+    let mut world = pair_with(kept(1200));
+    verb(&mut world, 1, "disconnect", AdminCommand::Disconnect { force: false }).expect("it leaves");
+    pass(&mut world, 50);
+    fail_metas(&mut world, 1, 1);
+    let refused = verb(&mut world, 1, "outdate", AdminCommand::Outdate(VOLUME)).unwrap_err();
+    assert_eq!(refused.number, 118, "{refused:?}");
+    assert!(!refused.facts.is_empty() && !refused.advice.is_empty());
+    within(&mut world, 2000, |w| disk(w, 1) == DiskState::Diskless);
 }

@@ -453,6 +453,7 @@ impl Resource {
         let Some(DiskProcedure::Detach { reply, .. }) = device.procedure.take() else { return };
         device.uuids.bump_keeping_base(masked(at_peer) | 1);
         self.set_disk(volume, DiskState::UpToDate);
+        self.flush_what_stayed(volume);
         let name = format!("{}/{}", self.cfg.name, self.devices[volume].nr.0);
         let facts = vec![
             format!(
@@ -500,6 +501,7 @@ impl Resource {
         let nr = device.nr;
         self.set_disk(volume, DiskState::Diskless);
         self.out.push_back(Output::DiskReleased(nr));
+        self.try_complete_flushes();
         self.handshake_try_send();
     }
 

@@ -88,6 +88,7 @@ impl Resource {
                 // Sent to the peer alone while this disk was leaving, which stayed.
                 let stayed = request.local == Leg::None && self.devices[volume].disk == DiskState::UpToDate;
                 request.again |= stayed && !request.completed;
+                self.go_on_without(volume);
             }
         }
         if answer != Answer::Received {
@@ -95,6 +96,16 @@ impl Resource {
         }
         self.settle_in_sync(key);
         self.try_complete(key);
+    }
+
+    /// The peer does not have a write that this copy has. If both stopped now, the peer might come back
+    /// alone and call its copy good: a new generation before the write is told done (SEM §12).
+    fn go_on_without(&mut self, volume: usize) {
+        let device = &self.devices[volume];
+        let alone = self.md_primary && device.disk == DiskState::UpToDate && device.uuids.bitmap == 0;
+        if alone {
+            self.bump_uuid(volume, true);
+        }
     }
 
     /// Both copies hold this version: the source clears its bits as the target did.

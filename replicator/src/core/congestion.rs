@@ -190,7 +190,8 @@ impl Resource {
     pub(super) fn on_peer_ahead(&mut self, volume: usize, ahead: bool) {
         let device = &self.devices[volume];
         match (device.repl, ahead) {
-            (ReplState::Established, true) if device.writable() => {
+            // Said once more by a node whose disk is gone: there is nothing to be behind of.
+            (ReplState::Established, true) if device.writable() && device.peer_disk > DiskState::Outdated => {
                 self.set_repl(volume, ReplState::Behind);
                 self.set_peer_disk_fact(volume, DiskState::UpToDate);
                 if self.devices[volume].disk > DiskState::Outdated && self.devices[volume].procedure.is_none()

@@ -137,6 +137,21 @@ impl Resource {
         }
     }
 
+    /// A disk that was on its way out stays: flushes that came meanwhile are its business again.
+    pub(super) fn flush_what_stayed(&mut self, volume: usize) {
+        let open = self.flushes.iter_mut().filter(|(_, flush)| flush.volume == volume);
+        let left_out = open.filter(|(_, flush)| flush.local == Leg::None);
+        let keys: Vec<usize> = left_out
+            .map(|(key, flush)| {
+                flush.local = Leg::Pending;
+                key
+            })
+            .collect();
+        for key in keys {
+            self.submit_io(volume, DiskOp::Flush, None, false, None, IoContext::Flush(key));
+        }
+    }
+
     pub(super) fn try_complete_flushes(&mut self) {
         if self.flushes.is_empty() {
             return;
@@ -159,6 +174,16 @@ impl Resource {
             return;
         }
         let device = &self.devices[flush.volume];
+        // Only the peer's copy is known to be stable. If both stopped now, this disk would be believed.
+        let leaving = device.disk == DiskState::Detaching && device.went_on_at_peer.is_none();
+        let believed = leaving || self.degradation_unknown(flush.volume);
+        if flush.local != Leg::Ok
+            && believed
+            && device.peer_readable()
+            && !self.planted(Fault::FlushSkipsDisk)
+        {
+            return;
+        }
         let good = match flush.local {
             Leg::Ok if device.md_disk == DiskState::UpToDate => true,
             // Nothing but the peer's stable copy counts then.

@@ -219,6 +219,7 @@ impl Resource {
                     }
                 } else if self.devices[volume].disk == DiskState::Detaching {
                     self.devices[volume].went_on_at_peer = Some(info.uuid_current);
+                    self.try_complete_flushes();
                 }
                 let newer = masked(info.uuid_current) != masked(self.devices[volume].uuids.current);
                 if self.devices[volume].untold_loss && (newer || info.uuid_bitmap != 0) {

@@ -106,6 +106,15 @@ impl IntervalLocks {
         })
     }
 
+    /// A write of the peer holds or wants a part of `range`.
+    #[must_use]
+    pub fn wanted_by_peer(&self, range: BlockRange) -> bool {
+        let first = self.held.partition_point(|claim| claim.range.end() <= range.start());
+        let held = self.held.iter().skip(first).take_while(|claim| claim.range.overlaps(range));
+        held.chain(self.waiting.iter().filter(|claim| claim.range.overlaps(range)))
+            .any(|claim| matches!(claim.owner, LockOwner::Peer(_)))
+    }
+
     /// A write of the local application holds or wants a part of `range`.
     #[must_use]
     pub fn wanted_by_request(&self, range: BlockRange) -> bool {

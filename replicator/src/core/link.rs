@@ -404,7 +404,7 @@ impl Resource {
                 || (self.devices[*volume].disk == DiskState::Outdated && self.md_busy(*volume))
         }) {
             Some(volume) => match reply {
-                Reply::Admin(id) => self.md_then(volume, super::metadata::SuperblockThen::Reply(id)),
+                Reply::Admin(id) => self.md_then(volume, super::metadata::SuperblockThen::Done(id)),
                 Reply::Internal | Reply::Nobody => {}
             },
             None => self.reply(reply, Ok(())),

@@ -70,8 +70,10 @@ pub(super) enum SuperblockThen {
     TargetFinish,
     /// FULL_SYNC is recorded: set all bits.
     FullSyncRecorded,
-    /// Answer this verb.
+    /// Answer this verb: done if this disk says so.
     Reply(super::event::AdminId),
+    /// Answer this verb: done whatever became of the disk.
+    Done(super::event::AdminId),
     /// Answer this question of the peer.
     AnswerPeer(u64),
     /// Tell the peer the identifiers.
@@ -291,10 +293,32 @@ impl Resource {
             SuperblockThen::TargetStart => self.target_started(volume),
             SuperblockThen::TargetFinish => self.target_finished(volume),
             SuperblockThen::FullSyncRecorded => self.full_sync_recorded(volume),
-            SuperblockThen::Reply(id) => self.reply(super::Reply::Admin(id), Ok(())),
+            SuperblockThen::Done(id) => self.reply(super::Reply::Admin(id), Ok(())),
+            SuperblockThen::Reply(id) => {
+                let done = self.recorded(volume);
+                self.reply(super::Reply::Admin(id), done);
+            }
             SuperblockThen::AnswerPeer(id) => self.answer_peer(id),
             SuperblockThen::TellPeer => self.send_volume_update(volume),
         }
+    }
+
+    /// Whether this disk holds what was to be recorded: one that failed meanwhile does not.
+    fn recorded(&self, volume: usize) -> Result<(), super::event::Refusal> {
+        let device = &self.devices[volume];
+        if device.has_metadata() {
+            return Ok(());
+        }
+        let name = format!("{}/{}", self.cfg.name, device.nr.0);
+        Err(super::verbs::refusal(
+            118,
+            "IO error(s) occurred during initial access to meta-data.",
+            vec![format!(
+                "the disk of {name} is {}: its superblock may not say what was ordered",
+                device.disk
+            )],
+            &format!("check the backing device (dmesg), then drbdadm attach {name} and order it again"),
+        ))
     }
 
     /// The current generation is new: nothing completes before it is durable (I2).

@@ -79,6 +79,8 @@ pub(super) struct ReceiveEpochs {
     queue: VecDeque<Queued>,
     /// How many of them are resync or verify reads.
     queued_reads: usize,
+    /// Reads of blocks that a write, sent before them, has not written yet.
+    reads_behind: Vec<v1::BlockRequest>,
     /// No write may start: the disk is not yet durably Inconsistent (I5).
     pub(super) hold: bool,
     /// The session of these epochs is gone: what was started, or was acknowledged as received, is
@@ -353,6 +355,9 @@ impl Resource {
             self.al_end(volume, range.al_extents());
         }
         self.unlock(volume, range, LockOwner::Peer(key));
+        for read in std::mem::take(&mut self.rx.reads_behind) {
+            self.start_remote_read(&read);
+        }
         self.rx.active -= 1;
         self.try_end_epoch();
         self.forget_orphaned_epochs();
@@ -384,9 +389,13 @@ impl Resource {
         }
     }
 
-    fn try_end_epoch(&mut self) {
+    pub(super) fn try_end_epoch(&mut self) {
         let early = self.planted(Fault::BarrierAckEarly);
         if self.rx.barrier.is_none() || (self.rx.active != 0 && !early) || self.rx.flushing != 0 {
+            return;
+        }
+        if self.failure_untold() {
+            // The peer must not take for stable what a disk lost that it takes for good.
             return;
         }
         for volume in 0..self.devices.len() {
@@ -420,7 +429,7 @@ impl Resource {
             self.fail_disk(volume, "a flush of the local disk failed", None);
         }
         self.rx.flushing -= 1;
-        if self.rx.flushing == 0 && self.rx.barrier.is_some() {
+        if self.rx.flushing == 0 && self.rx.barrier.is_some() && !self.failure_untold() {
             self.end_epoch();
         }
         self.forget_orphaned_epochs();
@@ -477,6 +486,7 @@ impl Resource {
         self.rx.hold = false;
         let queue = std::mem::take(&mut self.rx.queue);
         self.rx.queued_reads = 0;
+        self.rx.reads_behind.clear();
         if keep {
             self.rx.queue = queue
                 .into_iter()
@@ -509,9 +519,10 @@ impl Resource {
     // ---- reads --------------------------------------------------------------------------------
 
     /// A read of the peer's application sees every write the peer sent before it: those wait in the
-    /// queue or hold their range.
+    /// queue or hold their range, and the read waits for them. Under A and B they may be acknowledged.
     pub(super) fn on_data_request(&mut self, header: &v1::BlockRequest) {
-        if self.remote_reads.len() + self.rx.queue.len() >= MAX_PEER_READS + MAX_PEER_REQUESTS {
+        let open = self.remote_reads.len() + self.rx.queue.len() + self.rx.reads_behind.len();
+        if open >= MAX_PEER_READS + MAX_PEER_REQUESTS {
             return self.protocol_error("more reads in flight than any node sends");
         }
         if self.receive_must_queue() {
@@ -530,7 +541,9 @@ impl Resource {
         };
         let Some(session) = self.session.as_ref().map(|session| session.id) else { return };
         let device = &self.devices[volume];
-        if device.disk == DiskState::UpToDate && device.intact(range) {
+        if device.locks.wanted_by_peer(range) {
+            self.rx.reads_behind.push(*header);
+        } else if device.disk == DiskState::UpToDate && device.intact(range) {
             let context = IoContext::RemoteRead { volume, session, request: header.request, range };
             self.submit_io(volume, DiskOp::Read, Some(range), false, None, context);
             self.remote_reads.push((header.request, range));

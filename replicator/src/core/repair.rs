@@ -163,6 +163,7 @@ impl Resource {
                 self.try_complete(key);
             }
         }
+        self.try_complete_flushes();
     }
 
     // ---- the repair -------------------------------------------------------------------------------
@@ -321,11 +322,17 @@ impl Resource {
         }
     }
 
+    /// A disk failed here and the peer is not told before the operator's program ends.
+    pub(super) fn failure_untold(&self) -> bool {
+        self.devices.iter().any(|device| device.io_error_handler.is_some())
+    }
+
     /// The program came to its end, one way or another: now the peer is told.
     pub(super) fn local_io_error_handled(&mut self, volume: usize, token: super::event::HandlerToken) {
         if self.devices[volume].io_error_handler == Some(token) {
             self.devices[volume].io_error_handler = None;
             self.send_state();
+            self.try_end_epoch();
             self.progress_disk(volume);
         }
     }

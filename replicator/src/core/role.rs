@@ -742,8 +742,10 @@ impl Resource {
             waits.push(format!("volume {nr}: {peer} to agree to {what}"));
         }
         for device in &self.devices {
-            let replies =
-                device.md_waiters.iter().filter(|(_, then)| matches!(then, SuperblockThen::Reply(_)));
+            let replies = device
+                .md_waiters
+                .iter()
+                .filter(|(_, then)| matches!(then, SuperblockThen::Reply(_) | SuperblockThen::Done(_)));
             let replies = replies.count();
             if replies > 0 {
                 waits.push(format!(

@@ -225,7 +225,7 @@ impl Resource {
         let facts = vec![format!("disk {}, role {}, connection {}", device.disk, self.role, self.conn)];
         let name = self.cfg.name.clone();
         if device.disk == DiskState::Outdated {
-            return self.reply(reply, Ok(()));
+            return self.reply_when_durable(reply, volume);
         }
         let refused = if device.disk < DiskState::Outdated {
             Some((-16, "Disk state is lower than outdated", format!("drbdadm status {name}")))
@@ -241,6 +241,11 @@ impl Resource {
         }
         self.set_disk(volume, DiskState::Outdated);
         self.md_touch(volume);
+        self.reply_when_durable(reply, volume);
+    }
+
+    /// Done when the superblock says so; refused if its disk fails before.
+    pub(super) fn reply_when_durable(&mut self, reply: Reply, volume: usize) {
         if let Reply::Admin(id) = reply {
             self.md_then(volume, SuperblockThen::Reply(id));
         }
