@@ -276,3 +276,41 @@ fn a_disk_whose_flush_failed_is_not_shown_to_the_application_again() {
     world.attach(0);
     quiet(&mut world);
 }
+
+#[test]
+fn a_disk_lost_before_the_new_generation_was_durable_may_have_had_more_than_the_peer() {
+    for protocol in [Protocol::A, Protocol::C] {
+        for seed in 0..10 {
+            let mut world = pair(7900 + seed, protocol);
+            let told;
+            if protocol == Protocol::A {
+                // On its way when the peer stops.
+                deaf(&mut world, 1, true);
+                told = write(&mut world, 64);
+                deaf(&mut world, 1, false);
+                world.crash(1, false);
+            } else {
+                // In the peer's cache when its power goes.
+                world.nodes[1].disks[0].faults.stuck_flushes = true;
+                told = write(&mut world, 64);
+                world.crash(1, true);
+                world.nodes[1].disks[0].faults.stuck_flushes = false;
+            }
+            // The first thing this node would have said under another name, if its disk had taken it.
+            fail_metas(&mut world, 0, 1);
+            within(&mut world, 60_000, |w| disk(w, 0) == DiskState::Diskless);
+            world.start(1);
+            let apart = |w: &World| (0..2).all(|n| w.state(n).is_some_and(|s| s.2 == ConnState::StandAlone));
+            within(&mut world, 20_000, apart);
+            assert!(refusals(&world) >= 2, "{protocol:?} seed {seed}: both nodes say why");
+            world.attach(0);
+            within(&mut world, 2000, |w| disk(w, 0) == DiskState::UpToDate);
+            read(&mut world, 64);
+            assert_eq!(world.nodes[0].disks[0].sectors()[64], told, "{protocol:?} seed {seed}");
+            for node in 0..2 {
+                assert_eq!(verb(&mut world, node, "connect", CONNECT), Ok(()));
+            }
+            quiet(&mut world);
+        }
+    }
+}

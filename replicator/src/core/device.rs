@@ -84,7 +84,8 @@ pub(super) struct Device {
     /// The generation the application was shown last, while the one that follows is not durable: nothing
     /// was acknowledged under that one yet.
     pub(super) shown_before_gate: Option<u64>,
-    /// The peer may miss writes that the application was told of and that were on this disk, which is gone.
+    /// The peer may miss writes that the application was told of. That counts when this disk, which has them, is
+    /// gone before a new generation says so: until then the peer looks like as good a copy.
     pub(super) peer_may_miss: Option<MayMiss>,
     /// Agreed size; 0 when unknown.
     pub(super) size: SectorCount,
@@ -320,6 +321,13 @@ impl Device {
             | ReplState::PausedSyncT
             | ReplState::Behind => MirrorMode::Data,
             ReplState::StartingSyncS | ReplState::WFBitMapS | ReplState::Ahead => MirrorMode::Note,
+        }
+    }
+
+    /// Remembers why the peer may miss something; what is certain stays.
+    pub(super) fn peer_missed(&mut self, missing: MayMiss) {
+        if self.peer_may_miss != Some(MayMiss::Surely) {
+            self.peer_may_miss = Some(missing);
         }
     }
 

@@ -484,6 +484,10 @@ impl Resource {
     pub(super) fn set_peer_disk_fact(&mut self, volume: usize, new: DiskState) {
         let device = &mut self.devices[volume];
         let old = std::mem::replace(&mut device.peer_disk, new);
+        if new == DiskState::UpToDate && device.disk == DiskState::UpToDate {
+            // What it missed was marked, and it has it now.
+            device.peer_may_miss = None;
+        }
         let nr = device.nr;
         if old != new {
             self.event(Event::PeerDisk(nr, old, new));

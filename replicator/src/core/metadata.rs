@@ -355,8 +355,9 @@ impl Resource {
             return;
         }
         device.uuid_gate = None;
-        if device.has_metadata() {
-            device.shown_before_gate = None;
+        if device.has_metadata() && device.shown_before_gate.take().is_some() {
+            // Whoever misses something is told by its generation from here on.
+            device.peer_may_miss = None;
         }
         for key in std::mem::take(&mut device.gated) {
             if self.requests.contains(key) {

@@ -426,15 +426,12 @@ impl Resource {
             let (volume, range) = (request.volume, request.range);
             self.devices[volume].unacked_sectors -= range.len().0;
             let good_local = self.devices[volume].disk == DiskState::UpToDate;
-            if request.completed && !good_local {
+            if request.completed {
                 let missing = match request.peer {
                     Leg::Sent if request.protocol == Protocol::A => MayMiss::Surely,
                     _ => MayMiss::IfNotAlive(peer_life),
                 };
-                let known = &mut self.devices[volume].peer_may_miss;
-                if *known != Some(MayMiss::Surely) {
-                    *known = Some(missing);
-                }
+                self.devices[volume].peer_missed(missing);
             }
             // "Sent" (protocol A) and "pending" never got their proof; nor did what is in the cache of a
             // peer that cannot be asked again: such a write is not told done for its sake any more.
@@ -482,13 +479,20 @@ impl Resource {
         if self.planted(Fault::NoMarkAtPeerDetach) {
             return;
         }
-        let ranges: Vec<BlockRange> = self
-            .tl
-            .requests()
-            .filter(|key| self.requests[*key].volume == volume)
-            .map(|key| self.requests[key].range)
-            .collect();
-        for range in ranges {
+        let keys: Vec<usize> =
+            self.tl.requests().filter(|key| self.requests[*key].volume == volume).collect();
+        let peer_life = self.session.as_ref().map_or(0, |session| session.peer_life);
+        for key in keys {
+            let request = &self.requests[key];
+            let range = request.range;
+            if request.completed {
+                // What was on its way to that disk, or in the peer's memory (A, B), will not come to it.
+                let missing = match request.peer {
+                    Leg::Sent => MayMiss::Surely,
+                    Leg::None | Leg::Pending | Leg::Ok | Leg::Failed => MayMiss::IfNotAlive(peer_life),
+                };
+                self.devices[volume].peer_missed(missing);
+            }
             self.devices[volume].mark(range);
         }
     }

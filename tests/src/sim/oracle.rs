@@ -49,6 +49,9 @@ pub struct Oracle {
     attached: [Vec<u64>; 2],
     /// Policies may throw changes away after a split brain.
     pub policies: bool,
+    /// The node has announced that it is connected, and not that it is not any more. What it says when it is
+    /// asked may be newer than the event that is judged.
+    connected: [bool; 2],
     /// A resync to this node began and has not ended: what the volume holds is a mixture.
     was_target: [Vec<bool>; 2],
     /// Verbs that change what is allowed, on which node, and what was before.
@@ -93,6 +96,7 @@ impl Oracle {
             past: [Past::default(); 2],
             attached: [vec![0; sizes.len()], vec![0; sizes.len()]],
             policies: false,
+            connected: [false; 2],
             was_target: [vec![false; sizes.len()], vec![false; sizes.len()]],
             verbs: BTreeMap::new(),
             quiet: false,
@@ -194,9 +198,16 @@ impl World {
         let chosen = |repl| matches!(repl, ReplState::WFBitMapT | ReplState::WFSyncUUID);
         let keeps = |s: States| s.disk >= DiskState::Inconsistent && !chosen(s.replication);
         let mut nodes = [0, 1].map(|node| self.states(node, volume).is_some_and(keeps));
+        // What this node knows of the other one counts: that may have taken a disk in a new life, while this
+        // node still believes in the session with the old one, which had none.
+        let mirrors = |s: States| {
+            s.connection == ConnState::Connected
+                && s.peer_disk >= DiskState::Inconsistent
+                && s.peer_disk != DiskState::DUnknown
+        };
         nodes[1 - node] &= self.options.net.protocol == Protocol::C
             && self.nodes[node].session.is_some()
-            && self.states(node, volume).is_some_and(|s| s.connection == ConnState::Connected);
+            && self.states(node, volume).is_some_and(mirrors);
         nodes
     }
 
@@ -212,7 +223,7 @@ impl World {
             (Message::Data(_), Wire::Blocks(data)) => data.first().copied(),
             (Message::Discard(header) | Message::WriteZeroes(header), _) => {
                 let volume = usize::try_from(header.volume).unwrap_or(usize::MAX);
-                self.history.newest_zeroes(node, volume, header.sector, header.nr_sectors)
+                self.history.zeroes_sent(node, volume, header.sector, header.nr_sectors)
             }
             _ => None,
         };
@@ -270,12 +281,13 @@ impl World {
             disk.meta.superblock().is_some_and(|sb| sb.flags & flags::PRIMARY_IND != 0 && sb.uuid[1] != 0)
         };
         self.oracle.went_on[node] |= !was_primary && self.nodes[node].disks.iter().any(began);
+        self.oracle.connected[node] = false;
         let past = &mut self.oracle.past[node];
         past.crashed = self.now;
         if power {
             past.lost_power = self.now;
             for volume in 0..self.volumes() {
-                if !self.oracle.was_target[node][volume] {
+                if !self.oracle.was_target[node][volume] && !self.known_bad(node, volume) {
                     self.settle(node, node, volume, "loses power");
                 }
             }
@@ -291,6 +303,13 @@ impl World {
         self.oracle.went_on[node] |= self.oracle.verbs.values().any(promoting);
         self.oracle.verbs.retain(|_, (at, _)| *at != node);
         self.check_marks();
+    }
+
+    /// The disk's own metadata says that its data is not usable: it misses what it could not write, in the
+    /// middle of what came later, and is good again only after a resync (SEM §21, pass_on).
+    fn known_bad(&self, node: usize, volume: usize) -> bool {
+        let superblock = self.nodes[node].disks[volume].meta.superblock();
+        superblock.is_some_and(|sb| sb.flags & flags::CONSISTENT == 0)
     }
 
     /// A disk is attached: what its log and bitmap say may be copied.
@@ -318,6 +337,9 @@ impl World {
 
     pub(super) fn oracle_event(&mut self, node: usize, event: &Event) {
         self.oracle.quiet = false;
+        if let Event::Conn(_, new) = event {
+            self.oracle.connected[node] = *new == ConnState::Connected;
+        }
         match event {
             Event::Role(_, Role::Primary) => self.reign(node),
             // From the first of them on the other one may be sent to.
@@ -374,7 +396,7 @@ impl World {
         self.history.new_reign(node, self.now);
         for volume in 0..self.volumes() {
             let Some(states) = self.states(node, volume) else { continue };
-            let with_peer = states.connection == ConnState::Connected
+            let with_peer = self.oracle.connected[node]
                 && states.peer_disk >= DiskState::Inconsistent
                 && states.peer_disk != DiskState::DUnknown;
             // As the source of a resync it goes on from its own disk, too.
@@ -392,12 +414,14 @@ impl World {
                 continue;
             }
             self.oracle.went_on[node] = true;
-            if states.disk >= DiskState::Inconsistent {
-                let forced = self
-                    .oracle
-                    .verbs
-                    .values()
-                    .any(|(at, verb)| *at == node && matches!(verb, Verb::Forces { data_good: false }));
+            let forced = self
+                .oracle
+                .verbs
+                .values()
+                .any(|(at, verb)| *at == node && matches!(verb, Verb::Forces { data_good: false }));
+            // A Primary whose promotion ends without the peer it counted on, and whose own disk is Inconsistent
+            // or Outdated, serves nobody from it (I7): its disk is judged when it is made good.
+            if forced || states.disk >= DiskState::Consistent {
                 if forced {
                     self.history.weaken_view(node, false);
                 }

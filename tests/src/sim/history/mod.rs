@@ -304,14 +304,21 @@ impl History {
             .or_else(|| open().next())
     }
 
-    /// The newest write of zeroes by this node to just this range.
+    /// The write of zeroes by this node to just this range that it sends now: overlapping ones go one after the
+    /// other, so it is the oldest without an answer. (None is open: it was answered while the frame left.)
     #[must_use]
-    pub fn newest_zeroes(&self, node: usize, volume: usize, start: u64, len: u64) -> Option<u32> {
+    pub fn zeroes_sent(&self, node: usize, volume: usize, start: u64, len: u64) -> Option<u32> {
         let list = self.sectors.get(volume)?.get(at(start))?;
-        list.iter().rev().copied().find(|number| {
+        let same = |number: &u32| {
             let r = &self.records[*number as usize];
             r.value == 0 && r.node == node && r.start == at(start) && r.len == at(len)
-        })
+        };
+        let open = |number: &u32| {
+            let fate = &self.records[*number as usize].fate[node];
+            !fate.dead && fate.replaces == NEVER && fate.end == NEVER
+        };
+        let mine = || list.iter().copied().filter(same);
+        mine().find(open).or_else(|| mine().next_back())
     }
 
     /// A power cut took these writes, or parts of them, from a node's cache.
