@@ -20,7 +20,8 @@ use lockstep_replicator::units::SectorCount;
 use std::collections::BTreeSet;
 
 /// What a frame carries.
-pub(super) enum Wire {
+#[derive(Debug)]
+pub enum Wire {
     /// Nothing.
     None,
     /// Sectors.
@@ -28,6 +29,9 @@ pub(super) enum Wire {
     /// Bitmap words.
     Bytes(bytes::Bytes),
 }
+
+/// Changes one message on its way to a node, as no network does but a peer with a defect may; whether it did.
+pub type Tamper = Box<dyn FnMut(usize, &mut Message, &mut Wire) -> bool>;
 
 /// How [`Network::cut_after_to`] ends a link.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -52,6 +56,8 @@ pub struct Network {
     pub cut_after_to: [Option<u64>; 2],
     /// How.
     pub cut_how: Cut,
+    /// Asked for each message until it has changed one.
+    pub tamper: Option<Tamper>,
     dead: BTreeSet<SessionId>,
     last_delivery: [u64; 2],
     connecting: bool,
@@ -205,7 +211,13 @@ impl World {
         self.schedule(at, Ev::Deliver { session, to, message: Box::new(message), payload: wire });
     }
 
-    pub(super) fn deliver(&mut self, session: SessionId, to: usize, message: Box<Message>, payload: Wire) {
+    pub(super) fn deliver(
+        &mut self,
+        session: SessionId,
+        to: usize,
+        mut message: Box<Message>,
+        mut payload: Wire,
+    ) {
         if self.net.dead.contains(&session)
             || self.nodes[to].core.is_none()
             || self.nodes[to].session != Some(session)
@@ -234,6 +246,11 @@ impl World {
                 return self.cut(self.net.cut_how == Cut::Down);
             }
             *left -= 1;
+        }
+        if let Some(mut tamper) = self.net.tamper.take()
+            && !tamper(to, &mut message, &mut payload)
+        {
+            self.net.tamper = Some(tamper);
         }
         let payload = match payload {
             Wire::None => Payload::None,
