@@ -67,6 +67,22 @@ fn resource_only_asks_once_per_loss_and_goes_on() {
     }
 }
 
+/// The peer that comes back ends the freeze, and with it the demotion that waits for frozen writes.
+#[test]
+fn a_frozen_primary_that_is_to_become_secondary_meets_its_peer() {
+    for seed in 8200..8220 {
+        let mut world = frozen(seed);
+        let id = world.admin(0, "secondary", AdminCommand::Secondary);
+        pass(&mut world, 1000);
+        assert!(!world.nodes[0].answers.contains_key(&id), "demoted with frozen writes");
+        world.heal();
+        within(&mut world, 5000, |w| w.nodes[0].answers.contains_key(&id));
+        assert_eq!((world.nodes[0].answers[&id].is_ok(), world.failed_requests), (true, 0));
+        assert!(!world.is_primary(0));
+        quiet(&mut world);
+    }
+}
+
 /// SEM 29.9, and S46: a handler that hangs is not a fenced peer.
 #[test]
 fn a_frozen_primary_completes_nothing_until_the_peer_is_fenced() {

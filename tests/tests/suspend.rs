@@ -112,6 +112,46 @@ fn a_diskless_primary_waits_for_its_peer_and_sends_again() {
     }
 }
 
+/// A demotion waits for what waits for data; the peer, or the own disk, is met all the same.
+#[test]
+fn a_demotion_does_not_keep_away_the_copy_that_it_waits_for() {
+    for disk in [false, true] {
+        let mut world = pair_with(waiting(7190 + u64::from(disk)));
+        if disk {
+            world.cut(true);
+            pass(&mut world, 100);
+            fail_writes(&mut world, 0, 1);
+            load(&mut world, 0, 3);
+        } else {
+            detach(&mut world, 0);
+            world.cut(true);
+        }
+        pass(&mut world, 200);
+        load(&mut world, 0, 2);
+        pass(&mut world, 100);
+        assert_eq!(status(&world, 0).suspended, ["no-data"]);
+        let id = world.admin(0, "secondary", AdminCommand::Secondary);
+        pass(&mut world, 1000);
+        assert!(!world.nodes[0].answers.contains_key(&id), "demoted with writes that wait");
+        if disk {
+            world.attach(0);
+        } else {
+            world.heal();
+        }
+        within(&mut world, 5000, |w| w.nodes[0].answers.contains_key(&id));
+        assert_eq!(
+            (world.nodes[0].answers[&id].is_ok(), world.failed_requests, open(&world, 0)),
+            (true, 0, 0)
+        );
+        world.heal();
+        within(&mut world, 5000, |w| w.state(0).is_some_and(|s| s.2 == ConnState::Connected));
+        if !disk {
+            world.attach(0);
+        }
+        quiet(&mut world);
+    }
+}
+
 #[test]
 fn io_error_is_the_default_without_a_good_copy() {
     let mut world = diskless_primary(Options::new(7200));

@@ -77,6 +77,26 @@ fn outdate_is_for_a_secondary_that_is_alone() {
     quiet(&mut world);
 }
 
+/// One of them only: the peer would mark everything for a resync that no longer fits when its answer comes.
+#[test]
+fn a_promotion_and_an_invalidate_of_one_node_exclude_each_other() {
+    for promote_first in [true, false] {
+        let mut world = pair(20 + u64::from(promote_first));
+        assert_eq!(verb(&mut world, 0, "secondary", AdminCommand::Secondary), Ok(()));
+        quiet(&mut world);
+        let promote = AdminCommand::Primary { force: false };
+        let invalidate = AdminCommand::Invalidate(VOLUME);
+        let (first, second) = if promote_first { (promote, invalidate) } else { (invalidate, promote) };
+        let id = world.admin(1, "the first", first);
+        let fact = if promote_first { "a role change" } else { "a resync to here" };
+        refused(verb(&mut world, 1, "the second", second), -18, fact);
+        within(&mut world, 1000, |w| w.nodes[1].answers.contains_key(&id));
+        assert_eq!(world.nodes[1].answers[&id], Ok(()));
+        assert_eq!(world.is_primary(1), promote_first);
+        quiet(&mut world);
+    }
+}
+
 #[test]
 fn a_new_generation_is_not_started_under_a_connection_nor_without_a_disk() {
     let mut world = pair(3);

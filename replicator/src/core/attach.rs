@@ -414,7 +414,7 @@ impl Resource {
                     self.write_bitmap(volume, BitmapThen::Disk);
                 }
             }
-            Some(DiskProcedure::Attach { step: AttachStep::Meet, .. }) if self.role_change.is_none() => {
+            Some(DiskProcedure::Attach { step: AttachStep::Meet, .. }) if self.role_lets_disks_meet() => {
                 self.finish_attach(volume);
             }
             Some(DiskProcedure::Detach { step: DetachStep::Close, .. }) if idle => self.finish_detach(volume),

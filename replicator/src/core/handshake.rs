@@ -73,6 +73,13 @@ impl Resource {
         self.session.as_ref().is_some_and(|session| !session.handshake.done)
     }
 
+    /// The facts of this node were sent, and nothing is decided from them yet.
+    pub(super) fn handshake_announced(&self) -> bool {
+        self.session
+            .as_ref()
+            .is_some_and(|session| !session.handshake.done && !session.handshake.sent.is_empty())
+    }
+
     /// Sends the facts of every volume as soon as they are all durable.
     pub(super) fn handshake_try_send(&mut self) {
         let ready = self.session.as_ref().is_some_and(|session| {

@@ -76,11 +76,20 @@ impl Resource {
         })
     }
 
-    /// Facts that a handshake announces are about to change.
+    /// Facts that a handshake announces are about to change. A demotion that drains changes none yet, and what
+    /// it drains may wait for this very peer: IO frozen by fencing, or without a good copy.
     pub(super) fn role_change_writes(&self) -> bool {
         self.role_change.as_ref().is_some_and(|change| {
-            !matches!(change.step, RoleStep::Probe | RoleStep::AskPeer(_) | RoleStep::Fence(_))
+            !matches!(
+                change.step,
+                RoleStep::Probe | RoleStep::AskPeer(_) | RoleStep::Fence(_) | RoleStep::Drain
+            )
         })
+    }
+
+    /// A disk may meet the peer: no role change is running, or one that goes on only after the meeting.
+    pub(super) fn role_lets_disks_meet(&self) -> bool {
+        self.role_change.as_ref().is_none_or(|change| change.step == RoleStep::Drain)
     }
 
     // ---- promotion ----------------------------------------------------------------------------
@@ -159,6 +168,19 @@ impl Resource {
                 -18,
                 "In transient state, retry after next state change",
                 facts,
+                "try again in a moment",
+            ));
+        }
+        if let Some(asked) = self.asked.iter().find(|asked| {
+            asked.reply != Reply::Nobody
+                && matches!(asked.kind, Kind::StartFullSyncAsTarget | Kind::StartSyncAsTarget)
+        }) {
+            // Once agreed to, what is here is overwritten: the peer marks it before its answer arrives.
+            let nr = self.devices[asked.volume].nr.0;
+            return Err(refusal(
+                -18,
+                "In transient state, retry after next state change",
+                vec![format!("volume {nr}: {} was asked for a resync to here", self.cfg.peer_name)],
                 "try again in a moment",
             ));
         }
@@ -330,7 +352,8 @@ impl Resource {
         }
         let drained = self.role_change.as_ref().is_some_and(|change| change.step == RoleStep::Drain)
             && (self.requests_drained() || self.planted(Fault::DemoteWithoutBarriers));
-        if !drained {
+        // What was announced as a Primary holds until it is decided, as for a verb that comes meanwhile.
+        if !drained || self.announced_and_undecided() {
             return;
         }
         let volumes: Vec<usize> =

@@ -56,6 +56,11 @@ impl Resource {
         }
     }
 
+    /// Facts of this node are on their way to a decision: in a handshake, or with an attached disk.
+    pub(super) fn announced_and_undecided(&self) -> bool {
+        self.handshake_announced() || self.disk_negotiates()
+    }
+
     /// The peer was told of an attached disk and has not answered.
     fn disk_negotiates(&self) -> bool {
         self.conn == ConnState::Connected && self.devices.iter().any(|device| device.negotiating)
@@ -178,6 +183,10 @@ impl Resource {
         } else if target_here && self.role == Role::Primary {
             facts.push("this node is Primary: an application uses the data that would be overwritten".into());
             Some((-2, "Need access to UpToDate data", format!("drbdadm secondary {name} first")))
+        } else if target_here && self.role_change.is_some() {
+            // The peer would mark everything for a resync that does not fit a Primary when its answer comes.
+            facts.push("a role change is running here".into());
+            Some((-18, "In transient state, retry after next state change", "try again in a moment".into()))
         } else if !target_here && device.disk != DiskState::UpToDate {
             Some((-2, "Need access to UpToDate data", format!("drbdadm status {name}")))
         } else if !target_here && device.peer_disk < DiskState::Inconsistent {
