@@ -633,7 +633,7 @@ impl World {
                 let Some(verb) = self.nodes[node].verbs.remove(&id.0) else {
                     return self.fail(format!("n{node}: verb {} answered twice", id.0));
                 };
-                self.oracle_reply(node, id.0, result.is_ok());
+                self.oracle_reply(node, id.0, result.as_ref().map_err(|refused| refused.number).copied());
                 if verb == "suspend-io" && result.is_ok() && self.suspending[node] {
                     self.suspended[node].get_or_insert(self.now);
                 }
