@@ -217,6 +217,18 @@ mod tests {
     }
 
     #[test]
+    fn an_area_that_is_no_multiple_of_a_line_ends_in_a_short_one() {
+        assert_eq!(
+            body(&[1, 2, 3]),
+            "   # at 0kB\n    0x0000000000000001; 0x0000000000000002; 0x0000000000000003;\n}\n# bits-set 4;\n"
+        );
+        let mut words = vec![u64::MAX; 9];
+        words.push(6);
+        let text = body(&words);
+        assert!(text.ends_with(" 0xFFFFFFFFFFFFFFFF; 0x0000000000000006;\n}\n# bits-set 578;\n"), "{text}");
+    }
+
+    #[test]
     fn a_word_of_unequal_halves_is_never_counted() {
         let text = body(&[3; 64]);
         assert!(!text.contains("times"));

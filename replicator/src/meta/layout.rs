@@ -121,10 +121,6 @@ impl Layout {
                     return Err(MetaError::AlStripesIndexed);
                 }
                 let position = kind.superblock_position(meta_dev_bytes)?;
-                let needed = position + INDEXED_AREA_BYTES;
-                if meta_dev_bytes < needed {
-                    return Err(MetaError::TooSmall { bytes: meta_dev_bytes, needed });
-                }
                 let md_sectors = INDEXED_AREA_BYTES / SECTOR_BYTES;
                 let data = data_dev_bytes / SECTOR_BYTES;
                 Self::external(kind, position, md_sectors, data, al_sectors, al_stripes, al_stripe_size_4k)
@@ -395,6 +391,34 @@ mod tests {
 
     fn internal(bytes: u64) -> Layout {
         Layout::for_device(MetaKind::Internal, bytes, 0, 1, 8).unwrap()
+    }
+
+    #[test]
+    fn kinds_are_spelt_as_in_the_configuration_and_kept() {
+        let kinds = [(MetaKind::Internal, "internal"), (MetaKind::FlexExternal, "flex-external")];
+        for (kind, spelling) in kinds.into_iter().chain([(MetaKind::Indexed(3), "3")]) {
+            assert_eq!(kind.spelling(), spelling);
+            let layout = Layout::for_device(kind, 64 * MIB, 1024 * MIB, 1, 8).unwrap();
+            assert_eq!(layout.kind(), kind);
+        }
+    }
+
+    #[test]
+    fn a_metadata_device_that_is_too_small_says_what_is_needed() {
+        // Four stripes of 32 KiB for the log, and not a sector for the bitmap.
+        let small = Layout::for_device(MetaKind::FlexExternal, 64 * MIB, 100 * 1024, 4, 8);
+        assert_eq!(small, Err(MetaError::TooSmall { bytes: 100 * 1024, needed: (4 + 128) * 1024 + 512 }));
+        let small = Layout::for_device(MetaKind::Indexed(2), 64 * MIB, 200 * MIB, 1, 8);
+        assert_eq!(small, Err(MetaError::TooSmall { bytes: 200 * MIB, needed: 3 * 128 * MIB }));
+    }
+
+    #[test]
+    fn the_area_of_external_metadata_goes_from_superblock_to_bitmap() {
+        let layout = Layout::for_device(MetaKind::FlexExternal, 64 * MIB, MIB, 1, 8).unwrap();
+        assert_eq!(
+            layout.area(),
+            layout.superblock_byte()..layout.bitmap_byte() + layout.bitmap_area_bytes()
+        );
     }
 
     #[test]

@@ -223,6 +223,30 @@ mod tests {
     }
 
     #[test]
+    fn the_versions_of_ext_and_of_drbd_are_told_apart() {
+        let mut image = vec![0u8; 1 << 20];
+        image[1024 + 56..1024 + 58].copy_from_slice(&[0x53, 0xEF]);
+        for (journal, extents, name) in
+            [(0, 0, "ext2 filesystem"), (4, 0, "ext3 filesystem"), (4, 0x40, "ext4 filesystem")]
+        {
+            (image[1024 + 92], image[1024 + 96]) = (journal, extents);
+            assert_eq!(detect_in(&image).first().map(ToString::to_string).as_deref(), Some(name));
+        }
+        let mut block = [0; 4096];
+        assert_eq!(drbd_version(&block), None);
+        for (magic, version) in [
+            (MAGIC_CLEAN, "v08"),
+            (MAGIC_UNCLEAN, "v08"),
+            (crate::meta::superblock::MAGIC_V07, "v07"),
+            (crate::meta::superblock::MAGIC_V09, "v09"),
+        ] {
+            let at = crate::meta::superblock::MAGIC_AT;
+            block[at..at + 4].copy_from_slice(&magic.to_be_bytes());
+            assert_eq!(drbd_version(&block), Some(version));
+        }
+    }
+
+    #[test]
     fn sizes_are_read_where_the_header_has_them() {
         let mut image = vec![0u8; 1 << 20];
         image[1024 + 56..1024 + 58].copy_from_slice(&[0x53, 0xEF]);
