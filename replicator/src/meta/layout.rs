@@ -121,6 +121,10 @@ impl Layout {
                     return Err(MetaError::AlStripesIndexed);
                 }
                 let position = kind.superblock_position(meta_dev_bytes)?;
+                let needed = position + INDEXED_AREA_BYTES;
+                if meta_dev_bytes < needed {
+                    return Err(MetaError::TooSmall { bytes: meta_dev_bytes, needed });
+                }
                 let md_sectors = INDEXED_AREA_BYTES / SECTOR_BYTES;
                 let data = data_dev_bytes / SECTOR_BYTES;
                 Self::external(kind, position, md_sectors, data, al_sectors, al_stripes, al_stripe_size_4k)
@@ -410,6 +414,9 @@ mod tests {
         assert_eq!(small, Err(MetaError::TooSmall { bytes: 100 * 1024, needed: (4 + 128) * 1024 + 512 }));
         let small = Layout::for_device(MetaKind::Indexed(2), 64 * MIB, 200 * MIB, 1, 8);
         assert_eq!(small, Err(MetaError::TooSmall { bytes: 200 * MIB, needed: 3 * 128 * MIB }));
+        // The first superblock fits on less than its whole area.
+        let small = Layout::for_device(MetaKind::Indexed(0), 64 * MIB, 100 * MIB, 1, 8);
+        assert_eq!(small, Err(MetaError::TooSmall { bytes: 100 * MIB, needed: 128 * MIB }));
     }
 
     #[test]
