@@ -1,9 +1,10 @@
 //! Promises that only show when something ends at the wrong moment. Most of these notice a planted defect that
 //! nothing else does; see `docs/planted-faults.md`.
-use lockstep_replicator::core::config::OnIoError;
+use lockstep_replicator::core::config::{OnIoError, Protocol};
 use lockstep_replicator::core::event::{AdminCommand, Event, RequestOp};
 use lockstep_replicator::core::state::{ConnState, DiskState, ReplState};
 use lockstep_replicator::meta::flags;
+use lockstep_replicator::units::{BlockRange, Sector, SectorCount};
 use lockstep_tests::sim::meta_area::MetaFate;
 use lockstep_tests::sim::node::VOLUME;
 use lockstep_tests::sim::script::{
@@ -23,6 +24,17 @@ fn small_log(seed: u64) -> World {
     options.sectors = EXTENTS * EXTENT;
     options.volume.al_extents = 67;
     pair_with(options)
+}
+
+fn first_block() -> BlockRange {
+    BlockRange::new(Sector(0), SectorCount(8)).expect("a range")
+}
+
+/// How often a node dropped a connection that was up.
+fn dropped(world: &World) -> usize {
+    let drop =
+        |event: &Event| matches!(event, Event::Note(_, text) if text.contains("dropping the connection"));
+    world.log.iter().filter(|(_, _, event)| drop(event)).count()
 }
 
 fn write(world: &mut World, sector: u64) {
@@ -122,18 +134,28 @@ fn a_block_that_failed_behind_the_cursor_is_copied_in_another_pass() {
     verb(&mut world, 1, "disconnect", AdminCommand::Disconnect { force: false }).expect("it leaves");
     load(&mut world, 0, 400);
     within(&mut world, 5000, |w| open(w, 0) == 0);
-    slow(&mut world, 1, 50);
+    slow(&mut world, 0, 20);
     world.admin(1, "connect", AdminCommand::Connect { discard_my_data: false, tentative: false });
     within(&mut world, 5000, |w| w.state(1).is_some_and(|s| s.3 == ReplState::SyncTarget));
-    pass(&mut world, 5);
-    // The source's disk refuses it: marked on both, at the very beginning of the disk.
+    within(&mut world, 5000, |w| {
+        w.nodes[1].core.as_ref().and_then(|c| c.out_of_sync_bits(VOLUME)) < Some(390)
+    });
+    // What was asked for ends; the cursor stands in the middle.
+    verb(&mut world, 1, "pause-sync", AdminCommand::PauseSync(VOLUME)).expect("it pauses");
+    pass(&mut world, 200);
+    assert_eq!(world.state(1).map(|s| s.3), Some(ReplState::PausedSyncT));
+    // Done at the target, and the source's disk refuses it after a while: marked on both, at the very beginning.
+    world.nodes[0].disks[0].faults.stick = Some(100_000_000);
     fail_writes(&mut world, 0, 1);
     world.request(0, RequestOp::Write, 0, 8, false);
-    pass(&mut world, 20);
-    assert_eq!(world.state(1).map(|s| s.3), Some(ReplState::SyncTarget));
-    slow(&mut world, 1, 0);
+    pass(&mut world, 300);
+    assert!(world.nodes[1].core.as_ref().unwrap().is_out_of_sync(VOLUME, first_block()));
+    let drops = dropped(&world);
+    verb(&mut world, 1, "resume-sync", AdminCommand::ResumeSync(VOLUME)).expect("it goes on");
+    slow(&mut world, 0, 0);
     quiet(&mut world);
     assert!(sectors(&world, 0) == sectors(&world, 1));
+    assert_eq!(dropped(&world), drops, "in the same resync");
 }
 
 #[test]
@@ -277,5 +299,88 @@ fn a_target_says_that_it_is_done_when_its_superblock_says_so() {
             "seed {seed}: a loss of power now would leave the peer without a copy"
         );
         quiet(&mut world);
+    }
+}
+
+#[test]
+fn a_full_resync_that_was_promised_survives_a_loss_of_power_on_both_nodes() {
+    let (mut answered, mut kept) = (0, 0);
+    for n in 0..60 {
+        for (node, command) in
+            [(1, AdminCommand::Invalidate(VOLUME)), (0, AdminCommand::InvalidateRemote(VOLUME))]
+        {
+            let mut options = Options::new(61 + n);
+            options.sectors = EXTENTS * EXTENT;
+            let mut world = pair_with(options);
+            // Nobody knows of this difference; that is what the operator orders a full copy for.
+            world.check_data = false;
+            world.oracle.check_marks = false;
+            world.nodes[1].disks[0].rot(40 * EXTENT, 77);
+            world.meta_fate = Some(MetaFate::Old);
+            let id = world.admin(node, "invalidate", command);
+            let last = world.now + n * 100_000;
+            while world.now < last && world.step(last) {}
+            let promised = world.nodes[node].answers.get(&id) == Some(&Ok(()));
+            answered += u64::from(promised);
+            (0..2).for_each(|node| world.crash(node, true));
+            (0..2).for_each(|node| world.start(node));
+            within(&mut world, 20_000, |w| w.in_sync() && w.idle());
+            let equal = sectors(&world, 0) == sectors(&world, 1);
+            kept += u64::from(equal);
+            assert!(
+                equal || !promised,
+                "node {node}, stopped after {n} x 100 us: the full copy was forgotten"
+            );
+        }
+    }
+    assert!((10..120).contains(&answered) && kept < 120, "{answered} answered, {kept} kept");
+}
+
+/// The link is lost before the superblocks say that everything is to be copied; they say so afterwards.
+#[test]
+fn a_full_resync_that_was_promised_survives_the_loss_of_the_link() {
+    let mut options = Options::new(130);
+    options.sectors = EXTENTS * EXTENT;
+    let mut world = pair_with(options);
+    world.check_data = false;
+    world.oracle.check_minimal = false;
+    world.oracle.check_marks = false;
+    world.nodes[1].disks[0].rot(40 * EXTENT, 77);
+    let id = world.admin(1, "invalidate", AdminCommand::Invalidate(VOLUME));
+    within(&mut world, 1000, |w| w.state(1).is_some_and(|s| s.3 == ReplState::WFBitMapT));
+    for node in 0..2 {
+        world.nodes[node].disks[0].faults.stick = Some(500_000_000);
+    }
+    pass(&mut world, 50);
+    assert!(!world.nodes[1].answers.contains_key(&id), "done, and nothing is recorded");
+    world.cut(true);
+    within(&mut world, 2000, |w| w.nodes[1].answers.contains_key(&id));
+    assert_eq!(world.nodes[1].answers[&id], Ok(()));
+    world.heal();
+    within(&mut world, 20_000, |w| w.in_sync() && w.idle());
+    assert!(sectors(&world, 0) == sectors(&world, 1), "the full copy was forgotten");
+}
+
+/// The peer's disk takes its time over a write, the link is lost and comes back: the answer belonged to the
+/// session that is gone. Whoever sent it would get a connection of somebody else into trouble.
+#[test]
+fn what_was_asked_in_an_earlier_session_is_not_answered_in_the_next() {
+    for protocol in [Protocol::A, Protocol::B, Protocol::C] {
+        let mut options = Options::new(140);
+        options.net.protocol = protocol;
+        let mut world = pair_with(options);
+        world.nodes[1].disks[0].faults.stick = Some(1_000_000_000);
+        world.request(0, RequestOp::Write, 800, 8, false);
+        pass(&mut world, 50);
+        assert!(!world.nodes[1].ios.is_empty(), "the peer is at it");
+        world.cut(true);
+        pass(&mut world, 100);
+        world.heal();
+        let drops = dropped(&world);
+        // The new session waits for the write; then both go on in it.
+        pass(&mut world, 200);
+        assert!(world.state(0).is_some_and(|s| s.2 == ConnState::Connecting));
+        quiet(&mut world);
+        assert_eq!(dropped(&world), drops, "{protocol:?}");
     }
 }

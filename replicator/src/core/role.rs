@@ -715,7 +715,13 @@ impl Resource {
             Kind::SkipInitialSync => self.skip_initial_sync(asked.volume, asked.uuid),
             Kind::Promote | Kind::Detach | Kind::ResizeAsk | Kind::ResizeCommit | Kind::Outdate => {}
         }
-        self.reply(asked.reply, Ok(()));
+        match asked.kind {
+            // FULL_SYNC is recorded then: a stop does not lose what was ordered.
+            Kind::StartFullSyncAsTarget | Kind::StartFullSyncAsSource => {
+                self.reply_when_durable(asked.reply, asked.volume);
+            }
+            _ => self.reply(asked.reply, Ok(())),
+        }
     }
 
     /// Both nodes declare their fresh disks equal (SEM §27).

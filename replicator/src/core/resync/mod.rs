@@ -239,8 +239,9 @@ impl Resource {
     }
 
     pub(in crate::core) fn full_sync_recorded(&mut self, volume: usize) {
-        if self.devices[volume].resync.as_ref().is_some_and(|resync| resync.full) {
-            let device = &mut self.devices[volume];
+        // Also when the resync ended meanwhile: what was ordered or decided still holds.
+        let device = &mut self.devices[volume];
+        if device.full_sync && device.has_metadata() {
             let before = device.bitmap.count();
             device.bitmap.set_all();
             device.foreign_bits += device.bitmap.count() - before;

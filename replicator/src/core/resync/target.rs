@@ -311,6 +311,15 @@ impl Resource {
         }
     }
 
+    /// An own write is newer than this reply. One that still holds or wants the range says so itself; one that
+    /// is done was answered by the source, and that answer stands behind the reply in the stream, so the
+    /// mark of `outdate_resync_replies` is a second cover.
+    fn reply_gives_way(&self, volume: usize, range: BlockRange, key: usize) -> bool {
+        let device = &self.devices[volume];
+        (device.rs_writes[key].stale || device.locks.wanted_by_request(range))
+            && !self.planted(Fault::StaleReplyWritten)
+    }
+
     /// Drops a reply that may be older than what the application wrote; its blocks stay marked and are
     /// asked for again.
     fn drop_stale_reply(&mut self, volume: usize, key: usize) {
@@ -329,10 +338,10 @@ impl Resource {
 
     fn lock_rs_write(&mut self, volume: usize, range: BlockRange, key: usize) {
         // An own write under it may wait for the source, which holds the range until this is answered.
-        let device = &mut self.devices[volume];
-        if device.rs_writes[key].stale || device.locks.wanted_by_request(range) {
+        if self.reply_gives_way(volume, range, key) {
             return self.drop_stale_reply(volume, key);
         }
+        let device = &mut self.devices[volume];
         let seq = device.rs_writes[key].seq;
         if self.queue_behind_writes(volume, range, key, seq) {
             self.devices[volume].rs_writes[key].step = RsWriteStep::Queued;
@@ -358,8 +367,7 @@ impl Resource {
         else {
             return;
         };
-        let device = &self.devices[volume];
-        if device.rs_writes[key].stale || device.locks.wanted_by_request(range) {
+        if self.reply_gives_way(volume, range, key) {
             return self.drop_stale_reply(volume, key);
         }
         // Not behind the queue once more: what waits there now was sent after this data and is newer.
