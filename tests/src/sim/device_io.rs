@@ -62,6 +62,7 @@ impl World {
                 self.oracle.unreadable(volume, range);
             }
             if let (Some(range), true) = (io.range, write) {
+                self.oracle.unwritten(volume, range);
                 self.nodes[node].disks[volume].maybe_write(range, &content, &mut self.rng);
             }
             result = Err(IoError::Errno(5));

@@ -40,7 +40,7 @@ pub struct Oracle {
     differing: Vec<Blocks>,
     /// By volume: what could not be read since a resync ended, and may be copied by the next one.
     unread: Vec<Vec<BlockRange>>,
-    /// By volume: blocks that could not be read for themselves. A verify cannot say that they are equal.
+    /// By volume: blocks that could not be read for themselves, or written. A verify may say that they differ.
     unverifiable: Vec<Blocks>,
     /// A full resync may come.
     pub full_allowed: bool,
@@ -131,6 +131,13 @@ impl Oracle {
         // One block: a longer read that fails is split, and tells nothing of each of its blocks.
         let mut blocks = range.bits_touched();
         if let (Some(block), None) = (blocks.next(), blocks.next()) {
+            self.unverifiable[volume].set(usize::try_from(block).unwrap_or(usize::MAX));
+        }
+    }
+
+    /// A write of this failed on one disk.
+    pub fn unwritten(&mut self, volume: usize, range: BlockRange) {
+        for block in range.bits_touched() {
             self.unverifiable[volume].set(usize::try_from(block).unwrap_or(usize::MAX));
         }
     }
@@ -390,7 +397,8 @@ impl World {
                 self.resync_ends(node, usize::from(volume.0));
             }
             Event::Handshake(decision) => self.handshake(node, decision),
-            // What cannot be read under `pass_on` is not known to be equal, and counts as different (I1).
+            // What cannot be read under `pass_on` is not known to be equal, and what could not be written is not
+            // until it is repaired: marked both, and told by a verify that comes by (I1).
             Event::OutOfSync { volume, range } if self.oracle.check_marks => {
                 let unverifiable = &self.oracle.unverifiable[usize::from(volume.0)];
                 let known = |block: u64| unverifiable.has(usize::try_from(block).unwrap_or(usize::MAX));
