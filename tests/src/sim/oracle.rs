@@ -193,7 +193,8 @@ impl World {
     }
 
     pub(super) fn write_acked(&mut self, node: usize, record: u32) {
-        let connected = self.nodes[node].session.is_some();
+        // A session that is still at its handshake carries no writes.
+        let connected = self.nodes[node].session.is_some() && self.oracle.connected[node];
         self.history.acked(record, connected, self.now);
         let volume = self.history.record(record).map_or(0, |r| r.volume);
         let peer_good = self.states(node, volume).is_some_and(|s| s.peer_disk == DiskState::UpToDate);
