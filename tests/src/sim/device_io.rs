@@ -64,6 +64,10 @@ impl World {
             if let (Some(range), true) = (io.range, write) {
                 self.oracle.unwritten(volume, range);
                 self.nodes[node].disks[volume].maybe_write(range, &content, &mut self.rng);
+                if content.iter().all(|value| *value == 0) {
+                    let start = usize::try_from(range.start().0).unwrap_or(usize::MAX);
+                    self.history.zeroes_failed(node, volume, start, content.len());
+                }
             }
             result = Err(IoError::Errno(5));
         } else {

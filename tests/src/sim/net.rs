@@ -26,6 +26,8 @@ pub enum Wire {
     None,
     /// Sectors.
     Blocks(Vec<u32>),
+    /// No sectors, but this write of zeroes.
+    Zeroes(u32),
     /// Bitmap words.
     Bytes(bytes::Bytes),
 }
@@ -191,7 +193,7 @@ impl World {
     }
 
     pub(super) fn send(&mut self, node: usize, session: SessionId, message: Message, payload: Payload) {
-        let wire = match payload {
+        let mut wire = match payload {
             Payload::None => Wire::None,
             Payload::Bytes(bytes) => Wire::Bytes(bytes),
             Payload::Buffer { id, len } => {
@@ -202,7 +204,11 @@ impl World {
         if self.nodes[node].session != Some(session) || self.net.dead.contains(&session) {
             return;
         }
-        self.oracle_sent(node, &message, &wire);
+        if let Some(number) = self.oracle_sent(node, &message, &wire)
+            && matches!(wire, Wire::None)
+        {
+            wire = Wire::Zeroes(number);
+        }
         let to = 1 - node;
         let sectors = if let Wire::Blocks(data) = &wire { data.len() as u64 } else { 1 };
         let delay = delay(&self.options.weather, &mut self.rng, to) + sectors * self.options.weather.drip_ns;
@@ -254,6 +260,10 @@ impl World {
         }
         let payload = match payload {
             Wire::None => Payload::None,
+            Wire::Zeroes(number) => {
+                self.history.arrived(number);
+                Payload::None
+            }
             Wire::Bytes(bytes) => Payload::Bytes(bytes),
             Wire::Blocks(data) => {
                 let len = SectorCount(data.len() as u64);

@@ -237,7 +237,8 @@ impl World {
         self.history.flushed(volume, issued, [0, 1].map(|node| asked[node] && now[node]));
     }
 
-    pub(super) fn oracle_sent(&mut self, node: usize, message: &Message, wire: &Wire) {
+    /// A frame leaves; the write that it carries.
+    pub(super) fn oracle_sent(&mut self, node: usize, message: &Message, wire: &Wire) -> Option<u32> {
         let number = match (message, wire) {
             (Message::Data(_), Wire::Blocks(data)) => data.first().copied(),
             (Message::Discard(header) | Message::WriteZeroes(header), _) => {
@@ -249,6 +250,7 @@ impl World {
         if let Some(number) = number {
             self.history.sent(number);
         }
+        number
     }
 
     // ---- operators and crashes ------------------------------------------------------------------
@@ -301,7 +303,9 @@ impl World {
         }
     }
 
-    pub(super) fn oracle_crash(&mut self, node: usize, power: bool, was_primary: bool) {
+    /// `in_use`: the disks that the node had taken. What another one holds is older than what the application
+    /// saw of the peer's copy since, and is judged when it is taken again.
+    pub(super) fn oracle_crash(&mut self, node: usize, power: bool, was_primary: bool, in_use: &[bool]) {
         self.oracle.quiet = false;
         // It stopped within its promotion: the generation that it began is on its disk, and nobody who
         // reads that can tell whether a write of it completed (I2).
@@ -310,12 +314,14 @@ impl World {
         };
         self.oracle.went_on[node] |= !was_primary && self.nodes[node].disks.iter().any(began);
         self.oracle.connected[node] = false;
+        self.history.forget_arrivals(node, 0..self.volumes());
         let past = &mut self.oracle.past[node];
         past.crashed = self.now;
         if power {
             past.lost_power = self.now;
-            for volume in 0..self.volumes() {
-                if !self.oracle.was_target[node][volume] && !self.known_bad(node, volume) {
+            for (volume, taken) in in_use.iter().enumerate() {
+                let mixture = self.oracle.was_target[node][volume] || self.known_bad(node, volume);
+                if *taken && !mixture {
                     self.settle(node, node, volume, "loses power");
                 }
             }
@@ -384,6 +390,10 @@ impl World {
             }
             Event::Repl(volume, old, ReplState::SyncTarget) if *old != ReplState::PausedSyncT => {
                 self.resync_begins(node, usize::from(volume.0));
+            }
+            Event::Disk(volume, _, DiskState::Diskless) => {
+                let volume = usize::from(volume.0);
+                self.history.forget_arrivals(node, volume..volume + 1);
             }
             Event::Repl(volume, _, ReplState::SyncSource) => {
                 self.oracle.was_target[node][usize::from(volume.0)] = false;

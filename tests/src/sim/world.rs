@@ -305,6 +305,9 @@ impl World {
         self.suspended[node] = None;
         self.trace(|| format!("n{node} {}", if power { "loses power" } else { "is killed" }));
         let was_primary = self.is_primary(node);
+        let has = |s: States| !matches!(s.disk, DiskState::Diskless | DiskState::Failed);
+        let in_use: Vec<bool> =
+            (0..self.volumes()).map(|volume| self.states(node, volume).is_some_and(has)).collect();
         self.net_node_gone(node, power);
         if let Some(fate) = self.meta_fate {
             for (_, (volume, write)) in std::mem::take(&mut self.nodes[node].metas) {
@@ -318,7 +321,7 @@ impl World {
             }
         }
         self.history.unland(node, &lost);
-        self.oracle_crash(node, power, was_primary);
+        self.oracle_crash(node, power, was_primary, &in_use);
     }
 
     // ---- application ----------------------------------------------------------------------------

@@ -43,10 +43,19 @@ pub struct Fate {
     pub landed: bool,
     /// It is in a resync's past: what this node's disk went through before cannot say anything about it.
     pub sent: bool,
+    /// Its frame came to this node, and what became of it is not known yet.
+    pub arrived: bool,
 }
 
-const OPEN: Fate =
-    Fate { end: NEVER, replaces: NEVER, stable: false, dead: false, landed: false, sent: false };
+const OPEN: Fate = Fate {
+    end: NEVER,
+    replaces: NEVER,
+    stable: false,
+    dead: false,
+    landed: false,
+    sent: false,
+    arrived: false,
+};
 
 /// A write of the application.
 #[derive(Clone, Debug)]
@@ -125,7 +134,7 @@ impl History {
     /// Of zeroed volumes of these sizes.
     #[must_use]
     pub fn new(sizes: &[u64], protocol: Protocol) -> Self {
-        let done = Fate { end: 0, replaces: 0, stable: true, dead: false, landed: true, sent: true };
+        let done = Fate { end: 0, replaces: 0, stable: true, landed: true, sent: true, ..OPEN };
         let zero = Record {
             value: 0,
             issued: 0,
@@ -265,7 +274,8 @@ impl History {
                 whole.then_some(value)
             };
             if let Some(number) = found {
-                self.records[number as usize].fate[node].landed = true;
+                let fate = &mut self.records[number as usize].fate[node];
+                (fate.landed, fate.arrived) = (true, false);
                 self.unjoin(number);
                 tag = number;
             }
@@ -291,11 +301,10 @@ impl History {
             !fate.dead && fate.replaces == NEVER && fate.end == NEVER
         };
         let own = |number: &u32| self.records[*number as usize].node == node;
-        // Under A and B the other node's may have been answered long before they come here, in their order.
+        // Under A and B the other node's may have been answered long before they come here, in their order. One
+        // that a lost link took with it does not come.
         let mirrored = |number: &u32| {
-            let fate = &self.records[*number as usize].fate[node];
-            let comes = fate.end == NEVER || fate.replaces != NEVER;
-            self.protocol != Protocol::C && !own(number) && !fate.dead && fate.sent && comes
+            self.protocol != Protocol::C && !own(number) && self.records[*number as usize].fate[node].arrived
         };
         open()
             .find(mirrored)
@@ -336,6 +345,29 @@ impl History {
         if let Some(record) = self.records.get_mut(number as usize) {
             record.fate[1 - record.node].sent = true;
             self.unjoin(number);
+        }
+    }
+
+    /// Its frame came to the other node.
+    pub fn arrived(&mut self, number: u32) {
+        if let Some(record) = self.records.get_mut(number as usize) {
+            record.fate[1 - record.node].arrived = true;
+            self.unjoin(number);
+        }
+    }
+
+    /// A write of zeroes to just this range failed on a node's disk: it does not land.
+    pub fn zeroes_failed(&mut self, node: usize, volume: usize, start: usize, len: usize) {
+        if let Some(number) = self.open_zeroes(node, volume, start, len) {
+            self.records[number as usize].fate[node].arrived = false;
+        }
+    }
+
+    /// What came to a node and has not landed does not land any more: its memory is gone, or its disk.
+    pub fn forget_arrivals(&mut self, node: usize, volumes: std::ops::Range<usize>) {
+        for number in &self.unjoined {
+            let record = &mut self.records[*number as usize];
+            record.fate[node].arrived &= !volumes.contains(&record.volume);
         }
     }
 
@@ -453,7 +485,8 @@ impl History {
             }
             let before = record.fate[to];
             let landed = before.landed || came(record, number);
-            record.fate[to] = Fate { landed, sent: before.sent, ..record.fate[from] };
+            record.fate[to] =
+                Fate { landed, sent: before.sent, arrived: before.arrived, ..record.fate[from] };
             let fate = record.fate[to];
             if fate.dead && fate.end == NEVER {
                 self.dead[to].push(number);
@@ -487,6 +520,7 @@ impl History {
                 dead: a.dead && b.dead,
                 landed: a.landed || landed,
                 sent: true,
+                arrived: false,
             };
             record.fate = [joined, Fate { landed: b.landed || landed, ..joined }];
             for (view, before) in [a, b].iter().enumerate() {
@@ -686,7 +720,7 @@ impl History {
                 });
                 for (fate, view) in seen.fate.iter_mut().zip(views) {
                     // A power cut that takes the write away says so of the write alone.
-                    fate.landed = false;
+                    (fate.landed, fate.arrived) = (false, false);
                     if view && fate.dead && fate.replaces == NEVER {
                         *fate = Fate { end: now, replaces: now, dead: false, ..*fate };
                     }
