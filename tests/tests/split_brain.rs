@@ -241,6 +241,31 @@ fn a_split_brain_that_is_found_twice_has_the_same_loser() {
     }
 }
 
+/// What stood in the bitmaps of one node and what in the other's is forgotten with the nodes. Who lost is not.
+#[test]
+fn a_split_brain_that_is_found_again_after_a_restart_has_the_same_loser() {
+    let cuts = || (0..2).flat_map(|to| (2..9).map(move |after| (to, after)));
+    for (mine, theirs, winner) in [(5, 3, 0), (3, 5, 1), (8, 1, 0), (1, 8, 1)] {
+        for ((to, after), (stops, late_ms)) in
+            cuts().flat_map(|cut| (1..4_usize).flat_map(move |stops| [0, 2].map(|late| (cut, (stops, late)))))
+        {
+            let net = NetConfig { after_sb_0pri: AfterSb0Pri::DiscardLeastChanges, ..NetConfig::default() };
+            let mut world = diverged(&net, mine, theirs);
+            secondary(&mut world, 0);
+            secondary(&mut world, 1);
+            let before = disks(&world);
+            world.heal();
+            world.net.cut_after_to[to] = Some(after);
+            world.run_until(2000, |w| w.net.cut_after_to[to].is_none());
+            world.run(late_ms);
+            let stopped: Vec<usize> = (0..2).filter(|node| stops >> node & 1 == 1).collect();
+            stopped.iter().for_each(|node| world.crash(*node, false));
+            stopped.iter().for_each(|node| world.start(*node));
+            resolved_for(&mut world, winner, &before);
+        }
+    }
+}
+
 #[test]
 fn discard_local_and_discard_remote_are_one_setting_seen_from_two_sides() {
     for (second, fits) in [(AfterSb0Pri::DiscardRemote, true), (AfterSb0Pri::DiscardLocal, false)] {

@@ -47,7 +47,7 @@ impl Side {
     }
 
     /// How good its data is, as far as the disk state tells: not usable, known to be older, good.
-    fn quality(&self) -> u8 {
+    pub(super) fn quality(&self) -> u8 {
         match self.disk {
             DiskState::Consistent | DiskState::UpToDate => 2,
             DiskState::Outdated => 1,

@@ -70,6 +70,8 @@ pub(super) enum SuperblockThen {
     TargetFinish,
     /// FULL_SYNC is recorded: set all bits.
     FullSyncRecorded,
+    /// The target of a resync is recorded as the older copy: tell its bits.
+    SendBitmap,
     /// Answer this verb: done if this disk says so.
     Reply(super::event::AdminId),
     /// Answer this verb: done whatever became of the disk.
@@ -293,6 +295,7 @@ impl Resource {
             SuperblockThen::TargetStart => self.target_started(volume),
             SuperblockThen::TargetFinish => self.target_finished(volume),
             SuperblockThen::FullSyncRecorded => self.full_sync_recorded(volume),
+            SuperblockThen::SendBitmap => self.target_recorded(volume),
             SuperblockThen::Done(id) => self.reply(super::Reply::Admin(id), Ok(())),
             SuperblockThen::Reply(id) => {
                 let done = self.recorded(volume);

@@ -284,7 +284,14 @@ fn after_sb_0pri(me: &Side, peer: &Side, policy: AfterSb0Pri) -> Option<bool> {
         (false, true) => Some(false),
         (false, false) => None,
     };
-    let least_changes = || if mine == theirs { me.tie } else { mine < theirs };
+    // Both may have been started anew since, with united bitmaps. But a loser writes down that its disk is
+    // Outdated before any bitmap is united: one that is, against a good one, has lost before.
+    let lost_before = match (me.quality(), peer.quality()) {
+        (1, 2) => Some(true),
+        (2, 1) => Some(false),
+        _ => None,
+    };
+    let least_changes = || lost_before.unwrap_or(if mine == theirs { me.tie } else { mine < theirs });
     // Who became Primary second is younger. When both or none were, the changes decide, as in DRBD.
     let younger = if was_primary(me) == was_primary(peer) { None } else { Some(was_primary(peer)) };
     match policy {

@@ -210,7 +210,18 @@ impl Resource {
             self.devices[volume].full_sync = true;
             self.md_touch(volume);
             self.md_then(volume, SuperblockThen::FullSyncRecorded);
+        } else if source {
+            self.send_bitmap(volume);
         } else {
+            // That this copy is the older one is durable before anybody's bits hold the other's (policy.rs).
+            self.md_then(volume, SuperblockThen::SendBitmap);
+        }
+    }
+
+    /// The target says that it is the older copy: its bits may be united with the source's.
+    pub(in crate::core) fn target_recorded(&mut self, volume: usize) {
+        let waits = |resync: &Resync| !resync.source && !resync.full && !resync.sent_last;
+        if self.devices[volume].resync.as_ref().is_some_and(waits) {
             self.send_bitmap(volume);
         }
     }
