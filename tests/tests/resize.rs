@@ -1,5 +1,6 @@
 //! Online resize: both backing disks grew, or the volume shall shrink; cut at every metadata write and
 //! after every message.
+use lockstep_proto::Message;
 use lockstep_replicator::core::event::{AdminCommand, Event, Refusal, RequestOp};
 use lockstep_replicator::core::resize::ResizeOptions;
 use lockstep_replicator::core::state::{ConnState, DiskState, ReplState};
@@ -216,6 +217,82 @@ fn a_node_may_stop_at_any_metadata_write_of_a_resize() {
         }
     }
     assert!(cuts > 150, "only {cuts} cuts");
+}
+
+/// A disk that fails in the middle of a resize ends it with an answer, on either node; it can be taken back, and
+/// the next resize does the rest.
+#[test]
+fn a_disk_may_fail_at_any_metadata_write_of_a_resize() {
+    let mut refused = 0;
+    for (seed, devices) in [(80, GROWTHS[0]), (81, GROWTHS[4])] {
+        for victim in 0..2 {
+            for n in 0.. {
+                let mut world = pair(seed, devices);
+                if victim == 0 {
+                    // Its copy of the new area comes from the other node, whatever stands there.
+                    grow_devices_clean(&mut world, devices);
+                } else {
+                    grow_devices(&mut world, devices);
+                }
+                let id = world.admin(
+                    n % 2,
+                    "resize",
+                    AdminCommand::Resize { volume: VOLUME, options: ResizeOptions::default() },
+                );
+                let (limit, end) = (world.nodes[victim].metas_total + n as u64, world.now + 2_000_000_000);
+                while world.nodes[victim].metas_total < limit && world.step(end) {}
+                let over = world.nodes[n % 2].answers.contains_key(&id);
+                world.nodes[victim].disks[0].faults.metas = u32::from(!over);
+                ok(&mut world, 20_000, |w| w.nodes[n % 2].answers.contains_key(&id));
+                refused += u64::from(world.nodes[n % 2].answers[&id].is_err());
+                world.run(500);
+                world.nodes[victim].disks[0].faults.metas = 0;
+                if world.state(victim).is_some_and(|state| state.1 == DiskState::Diskless) {
+                    world.attach(victim);
+                }
+                quiet(&mut world);
+                assert_eq!(
+                    resize(&mut world, 0, ResizeOptions::default()),
+                    Ok(()),
+                    "{devices:?} n{victim} {n}"
+                );
+                settled(&mut world, devices.after());
+                if over {
+                    assert!(n > 3, "only {n} metadata writes");
+                    break;
+                }
+                assert!(n < 100, "the resize does not end");
+            }
+        }
+    }
+    assert!(refused > 4, "only {refused} of the resizes noticed");
+}
+
+#[test]
+fn a_peer_that_refuses_ends_a_resize_with_its_reason() {
+    let devices = GROWTHS[4];
+    for (seed, which) in [(90, 0), (91, 1)] {
+        let mut world = pair(seed, devices);
+        grow_devices(&mut world, devices);
+        let mut answers = 0;
+        world.net.tamper = Some(Box::new(move |to, message, _| {
+            let Message::StateReply(reply) = message else { return false };
+            answers += 1;
+            if to != 0 || answers <= which {
+                return false;
+            }
+            (reply.result, reply.text) = (170, "somebody uses what lies behind".into());
+            true
+        }));
+        let refused = resize(&mut world, 0, ResizeOptions::default()).unwrap_err();
+        assert_eq!(refused.number, 170);
+        let said = |fact: &String| fact.contains("n1 says: (170) somebody uses what lies behind");
+        assert!(refused.facts.iter().any(said), "{refused:?}");
+        // Refused when it had to follow: the nodes meet anew, and the smaller one follows.
+        quiet(&mut world);
+        assert_eq!(resize(&mut world, 0, ResizeOptions::default()), Ok(()));
+        settled(&mut world, devices.after());
+    }
 }
 
 #[test]

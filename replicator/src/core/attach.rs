@@ -428,7 +428,14 @@ impl Resource {
                     }
                 }
             }
-            Some(DiskProcedure::Resize(_)) => self.progress_resize(volume),
+            // A step without IO of its own ends at once, and no input comes to look at the next.
+            Some(DiskProcedure::Resize(_)) => loop {
+                let before = self.resize_step(volume);
+                self.progress_resize(volume);
+                if before.is_none() || self.resize_step(volume) == before {
+                    break;
+                }
+            },
             Some(
                 DiskProcedure::Attach { .. } | DiskProcedure::Detach { .. } | DiskProcedure::Failing { .. },
             )

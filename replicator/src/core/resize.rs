@@ -228,6 +228,13 @@ impl Resource {
         }
     }
 
+    pub(super) fn resize_step(&self, volume: usize) -> Option<ResizeStep> {
+        match &self.devices[volume].procedure {
+            Some(DiskProcedure::Resize(resizing)) => Some(resizing.step),
+            _ => None,
+        }
+    }
+
     /// Moves a resize on when what it waits for has happened.
     pub(super) fn progress_resize(&mut self, volume: usize) {
         let Some(step) = self.resizing(volume).map(|resizing| resizing.step) else { return };
