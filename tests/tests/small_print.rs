@@ -8,7 +8,7 @@ use lockstep_replicator::units::{BlockRange, Sector, SectorCount};
 use lockstep_tests::sim::meta_area::MetaFate;
 use lockstep_tests::sim::node::VOLUME;
 use lockstep_tests::sim::script::{
-    detach, fail_writes, load, open, pair_with, pass, quiet, sectors, slow, superblock, verb, within,
+    detach, fail_writes, load, open, pair_with, pass, quiet, sectors, slow, superblock, verb, within, written,
 };
 use lockstep_tests::sim::{Options, World};
 
@@ -382,5 +382,44 @@ fn what_was_asked_in_an_earlier_session_is_not_answered_in_the_next() {
         assert!(world.state(0).is_some_and(|s| s.2 == ConnState::Connecting));
         quiet(&mut world);
         assert_eq!(dropped(&world), drops, "{protocol:?}");
+    }
+}
+
+/// Node 1 missed a write and comes back.
+fn comes_back(seed: u64) -> World {
+    let mut world = pair_with(Options::new(seed));
+    verb(&mut world, 1, "disconnect", AdminCommand::Disconnect { force: false }).expect("it leaves");
+    write(&mut world, 800);
+    world.admin(1, "connect", AdminCommand::Connect { discard_my_data: false, tentative: false });
+    world
+}
+
+#[test]
+fn no_block_is_copied_to_a_disk_that_still_calls_itself_consistent() {
+    for seed in 0..6 {
+        let mut world = comes_back(150 + seed);
+        within(&mut world, 2000, |w| w.state(1).is_some_and(|s| s.3 == ReplState::WFSyncUUID));
+        // The next thing it writes is its superblock.
+        world.nodes[1].disks[0].faults.stick = Some(500_000_000);
+        let before = written(&world, 1);
+        within(&mut world, 2000, |w| w.state(1).is_some_and(|s| s.1 == DiskState::Inconsistent));
+        pass(&mut world, 300);
+        assert_ne!(superblock(&world, 1).flags & flags::CONSISTENT, 0, "the superblock is on its way");
+        assert_eq!(written(&world, 1), before, "seed {seed}: copied to a disk that calls itself consistent");
+        quiet(&mut world);
+    }
+}
+
+/// A write during the exchange of the bitmaps is not mirrored: the target hears of it, and asks for it.
+#[test]
+fn what_is_written_while_bitmaps_are_exchanged_is_copied_in_the_same_resync() {
+    for seed in 0..6 {
+        let mut world = comes_back(160 + seed);
+        within(&mut world, 2000, |w| w.state(0).is_some_and(|s| s.3 == ReplState::WFBitMapS));
+        let drops = dropped(&world);
+        world.request(0, RequestOp::Write, 4000 + 8 * seed, 8, false);
+        within(&mut world, 2000, |w| open(w, 0) == 0);
+        quiet(&mut world);
+        assert_eq!(dropped(&world), drops, "seed {seed}: the target did not know of it");
     }
 }
