@@ -4,8 +4,8 @@ use lockstep_replicator::core::event::{AdminCommand, HandlerName, RequestOp};
 use lockstep_replicator::core::state::{ConnState, DiskState, Role};
 use lockstep_replicator::meta::flags;
 use lockstep_tests::sim::script::{
-    handler_says, late_answer, load, open, pair_with, pass, quiet, runs, status, superblock, verb, waits_for,
-    within,
+    detach, handler_says, late_answer, load, open, pair_with, pass, quiet, runs, status, superblock, verb,
+    waits_for, within,
 };
 use lockstep_tests::sim::{Options, World};
 
@@ -81,6 +81,25 @@ fn a_frozen_primary_that_is_to_become_secondary_meets_its_peer() {
         assert!(!world.is_primary(0));
         quiet(&mut world);
     }
+}
+
+/// A promotion that waits for a handler, for ever perhaps, keeps no disk from the peer that comes back.
+#[test]
+fn a_disk_attached_while_the_handler_hangs_meets_the_peer() {
+    let mut world = fenced_pair(8230, Fencing::ResourceOnly);
+    handler_says(&mut world, 1, FENCE, None);
+    world.crash(0, false);
+    within(&mut world, 20_000, |w| w.state(1).is_some_and(|s| s.2 == ConnState::Connecting));
+    let id = world.admin(1, "primary", PRIMARY);
+    pass(&mut world, 100);
+    assert!(waits_for(&world, 1, &["fence-peer to say"]));
+    detach(&mut world, 1);
+    world.attach(1);
+    world.start(0);
+    within(&mut world, 20_000, |w| w.nodes[1].answers.contains_key(&id));
+    assert_eq!(world.nodes[1].answers[&id], Ok(()));
+    quiet(&mut world);
+    assert!(world.is_primary(1));
 }
 
 /// SEM 29.9, and S46: a handler that hangs is not a fenced peer.

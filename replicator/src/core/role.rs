@@ -87,9 +87,12 @@ impl Resource {
         })
     }
 
-    /// A disk may meet the peer: no role change is running, or one that goes on only after the meeting.
+    /// A disk may meet the peer: no role change is running, or one that goes on only after the meeting. What a
+    /// fence-peer handler is asked for is judged anew when it answers, and it may never answer.
     pub(super) fn role_lets_disks_meet(&self) -> bool {
-        self.role_change.as_ref().is_none_or(|change| change.step == RoleStep::Drain)
+        self.role_change
+            .as_ref()
+            .is_none_or(|change| matches!(change.step, RoleStep::Drain | RoleStep::Fence(_)))
     }
 
     // ---- promotion ----------------------------------------------------------------------------
