@@ -57,6 +57,7 @@ function read_source(path,    n, current, closing, class, source) {
       sub(/.*fn /, "", current)
     }
     function_of[n] = current
+    known[name " " current]
     if (closing != "") by_itself[n] = class
     if (closing != "" && index(source, closing) == 1) closing = ""
     else if (closing == "" && source ~ /(assert|assert_eq|assert_ne|debug_assert|panic|unreachable)!\($/) {
@@ -91,8 +92,13 @@ END {
   }
   printf "coverage: %d lines without a reason in docs/uncovered.md; at most %d may be\n", left, unexplained
   if (left > unexplained) bad = 1
-  for (place in reasons)
-    if (!(place in missing)) { print "coverage: docs/uncovered.md is stale: all of " place " is reached"; bad = 1 }
+  # Which races the seeds of a run meet changes with the code: to reach more is no fault.
+  for (place in reasons) {
+    if (place in missing) continue
+    if (place in known) { reached++; continue }
+    print "coverage: docs/uncovered.md is stale: there is no " place; bad = 1
+  }
+  if (reached) printf "coverage: %d functions that docs/uncovered.md names are reached as a whole now\n", reached
   if (percent < floor) { printf "coverage: %.2f %% is below the floor of %s %%\n", percent, floor; bad = 1 }
   exit bad
 }
