@@ -190,3 +190,74 @@ fn it_may_be_switched_on_or_done_by_hand_while_a_disk_hangs() {
         quiet(&mut world);
     }
 }
+
+/// A disk that hangs for ever: `detach --force` gives it up and is answered, the node goes on without it, meets
+/// its peer again, and can be taken down. What the disk has stays with the disk.
+#[test]
+fn a_node_whose_disk_hangs_for_ever_can_be_taken_down() {
+    for (node, op) in [(0, RequestOp::Write), (0, RequestOp::Read), (1, RequestOp::Write)] {
+        let mut world = pair_with(Options::new(600));
+        world.request(0, RequestOp::Write, 800, 8, false);
+        quiet(&mut world);
+        stick(&mut world, node, FOREVER);
+        world.request(0, op, 800, 8, false);
+        pass(&mut world, 6000);
+        assert!(waits_for(&world, node, &["volume 0", "not answered", "detach --force"]));
+        assert!(open(&world, 0) > 0);
+        let forced = verb(&mut world, node, "detach", AdminCommand::Detach { volume: VOLUME, force: true });
+        assert_eq!((forced, disk(&world, node), open(&world, 0)), (Ok(()), DiskState::Diskless, 0));
+        assert_eq!(
+            (world.failed_requests, with_the_disk(&world, node)),
+            (0, usize::from(op == RequestOp::Write || node == 0))
+        );
+        assert!(waits_for(&world, node, &["1 IO", "given up", "attached again"]));
+        // Never back under IO that is still on its way to it.
+        let id = world.attach(node);
+        within(&mut world, 1000, |w| w.nodes[node].answers.contains_key(&id));
+        assert_eq!(world.nodes[node].answers[&id].as_ref().unwrap_err().number, 124);
+        world.cut(true);
+        pass(&mut world, 200);
+        world.heal();
+        within(&mut world, 5000, |w| w.state(node).is_some_and(|s| s.2 == ConnState::Connected));
+        load(&mut world, 0, 10);
+        within(&mut world, 2000, |w| open(w, 0) == 0);
+        assert_eq!(world.failed_requests, 0);
+        assert_eq!(verb(&mut world, node, "down", AdminCommand::Down), Ok(()));
+        assert_eq!(disk(&world, node), DiskState::Diskless);
+        world.crash(node, false);
+        world.start(node);
+        quiet(&mut world);
+    }
+}
+
+/// `down` that waits for the disk says so, and ends when the disk is given up; a late answer lets it go.
+#[test]
+fn down_ends_when_the_disk_it_waits_for_is_given_up() {
+    for late in [false, true] {
+        let mut world = pair_with(Options::new(610));
+        world.request(0, RequestOp::Write, 800, 8, false);
+        quiet(&mut world);
+        stick(&mut world, 0, if late { 20_000 * MS } else { FOREVER });
+        world.request(0, RequestOp::Write, 800, 8, false);
+        let down = world.admin(0, "down", AdminCommand::Down);
+        pass(&mut world, 6000);
+        assert!(!world.nodes[0].answers.contains_key(&down));
+        assert!(
+            waits_for(&world, 0, &["not answered", "detach --force"]),
+            "{:?}",
+            status(&world, 0).waiting_for
+        );
+        world.admin(0, "detach", AdminCommand::Detach { volume: VOLUME, force: true });
+        within(&mut world, 10_000, |w| w.nodes[0].answers.contains_key(&down));
+        assert_eq!(world.nodes[0].answers[&down], Ok(()));
+        assert_eq!(world.failed_requests, 0);
+        if late {
+            pass(&mut world, 15_000);
+            assert_eq!(with_the_disk(&world, 0), 0);
+            assert!(!world.nodes[0].disk_open[0], "let go at last");
+        } else {
+            assert_eq!(with_the_disk(&world, 0), 1);
+            assert!(world.nodes[0].disk_open[0], "let go while IO is on its way");
+        }
+    }
+}

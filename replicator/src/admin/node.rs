@@ -35,7 +35,7 @@ const POLL: Duration = Duration::from_millis(20);
 /// Between two looks at resyncs that others come after.
 const DEPENDENCY_POLL: Duration = Duration::from_millis(300);
 /// A resource that was told to go down must let go of its thread within this time.
-const STOP_LIMIT: Duration = Duration::from_secs(5);
+const STOP_LIMIT: Duration = Duration::from_secs(15);
 
 /// How a verb ends when it does not end well.
 #[derive(Debug)]

@@ -66,7 +66,7 @@ impl Resource {
             Ok(()) => self.start_attach(reply, volume, attached),
             Err(refused) => {
                 let nr = self.devices[volume].nr;
-                if self.devices[volume].disk == DiskState::Diskless {
+                if self.devices[volume].disk == DiskState::Diskless && !self.devices[volume].hung {
                     self.out.push_back(Output::DiskReleased(nr));
                 }
                 self.reply(reply, Err(refused));
@@ -83,6 +83,17 @@ impl Resource {
                 "Device is attached to a disk (use detach first)",
                 vec![format!("the disk of {name} is {}", device.disk)],
                 &format!("drbdadm detach {name}"),
+            ));
+        }
+        if device.hung {
+            return Err(refusal(
+                124,
+                "Device is attached to a disk (use detach first)",
+                vec![format!(
+                    "the disk of {name} was given up, and {} IO are still on their way to it",
+                    device.ios
+                )],
+                "repair what keeps the disk from answering (dmesg); it can be attached when that IO has ended",
             ));
         }
         let superblock = &attached.superblock;
@@ -339,6 +350,9 @@ impl Resource {
                 return self.reply(reply, Err(refused));
             }
             DiskState::Failed => {
+                if force {
+                    self.abandon_io(volume);
+                }
                 if let Some(DiskProcedure::Failing { reply: slot @ None }) =
                     &mut self.devices[volume].procedure
                 {
@@ -421,12 +435,7 @@ impl Resource {
             Some(DiskProcedure::Failing { .. })
                 if idle && self.devices[volume].io_error_handler.is_none() =>
             {
-                if let Some(DiskProcedure::Failing { reply }) = self.devices[volume].procedure.take() {
-                    self.release_disk(volume);
-                    if let Some(reply) = reply {
-                        self.reply(reply, Ok(()));
-                    }
-                }
+                self.end_failing(volume);
             }
             // A step without IO of its own ends at once, and no input comes to look at the next.
             Some(DiskProcedure::Resize(_)) => loop {
@@ -472,6 +481,16 @@ impl Resource {
         self.reply(reply, Err(refusal(-2, "Need access to UpToDate data", facts, &advice)));
     }
 
+    /// A failed disk is left: its IO has ended, or nobody waits for it any more.
+    pub(super) fn end_failing(&mut self, volume: usize) {
+        if let Some(DiskProcedure::Failing { reply }) = self.devices[volume].procedure.take() {
+            self.release_disk(volume);
+            if let Some(reply) = reply {
+                self.reply(reply, Ok(()));
+            }
+        }
+    }
+
     fn finish_detach(&mut self, volume: usize) {
         let Some(DiskProcedure::Detach { reply, .. }) = self.devices[volume].procedure.take() else { return };
         self.release_disk(volume);
@@ -506,8 +525,13 @@ impl Resource {
             device.size = SectorCount(0);
         }
         let nr = device.nr;
+        device.abandoned_at = None;
+        device.hung = device.ios > 0;
+        let hung = device.hung;
         self.set_disk(volume, DiskState::Diskless);
-        self.out.push_back(Output::DiskReleased(nr));
+        if !hung {
+            self.out.push_back(Output::DiskReleased(nr));
+        }
         self.try_complete_flushes();
         self.handshake_try_send();
     }

@@ -15,7 +15,7 @@ use crate::core::resync::{Foreground, OvCheck, OvRead, Pauses, Resync, RsRead, R
 use crate::core::state::{DiskState, ReplState};
 use crate::core::uuid::UuidSet;
 use crate::meta::Superblock;
-use crate::units::{BlockRange, SECTORS_PER_BIT, SectorCount, VolumeNr};
+use crate::units::{BlockRange, SECTORS_PER_BIT, SectorCount, Time, VolumeNr};
 use std::collections::VecDeque;
 
 /// Who waits for an activity-log transaction.
@@ -161,6 +161,10 @@ pub(super) struct Device {
     pub(super) repair: Option<Repair>,
     /// When an Inconsistent disk asks to be repaired (again).
     pub(super) retry: Retry,
+    /// Since when nobody waits for the IO that the own disk did not answer.
+    pub(super) abandoned_at: Option<Time>,
+    /// Diskless, but the disk that was given up still has IO of ours: it is not let go before that ends.
+    pub(super) hung: bool,
     /// This Primary's disk is gone and the peer has not said that it knows.
     pub(super) untold_loss: bool,
     /// The operator's program that is run before anybody hears of the failed disk.
@@ -237,6 +241,8 @@ impl Device {
             congestion: Congestion::default(),
             repair: None,
             retry: Retry::default(),
+            abandoned_at: None,
+            hung: false,
             untold_loss: false,
             io_error_handler: None,
             negotiating: false,

@@ -246,12 +246,12 @@ impl Resource {
         if let Err(error) = result {
             self.devices[volume].md_writing = None;
             self.fail_disk(volume, "a metadata write failed", Some(error));
-            return;
+            return self.hung_io_ended(volume);
         }
         if !self.devices[volume].has_metadata() {
             // The disk failed meanwhile; its waiters were served then.
             self.devices[volume].md_writing = None;
-            return;
+            return self.hung_io_ended(volume);
         }
         match context {
             MetaContext::Superblock(_, generation) => self.on_superblock_done(volume, generation),

@@ -351,6 +351,7 @@ impl Resource {
             // `progress` looks at every volume.
             Timer::Repair | Timer::Ahead => {}
             Timer::Disk => self.on_disk_timer(),
+            Timer::LetGo => self.let_go_of_hung_disks(),
         }
     }
 
@@ -378,7 +379,7 @@ impl Resource {
         }
         if matches!(context, IoContext::Abandoned) {
             self.devices[volume].ios -= 1;
-            return;
+            return self.hung_io_ended(volume);
         }
         self.io_done(context, result);
     }

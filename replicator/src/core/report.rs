@@ -172,6 +172,7 @@ impl Resource {
         }
         waits.extend(self.role_waits());
         waits.extend(self.handlers_running().map(|name| format!("the handler {} to end", name.name())));
+        waits.extend((0..self.devices.len()).filter_map(|volume| self.disk_wait(volume, now)));
         for device in &self.devices {
             let nr = device.nr.0;
             match &device.procedure {
@@ -185,7 +186,13 @@ impl Resource {
                     waits.push(format!("volume {nr}: resize, step {:?}", resizing.step));
                 }
                 Some(DiskProcedure::Failing { .. }) => {
-                    waits.push(format!("volume {nr}: {} IO in flight on the failed disk", device.ios));
+                    let advice = if device.abandoned_at.is_none() && device.ios > 0 {
+                        format!("; drbdadm detach --force {}/{nr} gives them up", self.cfg.name)
+                    } else {
+                        String::new()
+                    };
+                    let ios = device.ios;
+                    waits.push(format!("volume {nr}: {ios} IO in flight on the failed disk{advice}"));
                 }
                 None => {}
             }

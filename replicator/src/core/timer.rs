@@ -34,6 +34,8 @@ timers! {
     Ahead,
     /// An IO of the own disk may be too old.
     Disk,
+    /// A disk that was given up has had its time to answer.
+    LetGo,
 }
 
 /// When each timer fires.
