@@ -305,7 +305,13 @@ impl World {
         self.suspended[node] = None;
         self.trace(|| format!("n{node} {}", if power { "loses power" } else { "is killed" }));
         let was_primary = self.is_primary(node);
-        let has = |s: States| !matches!(s.disk, DiskState::Diskless | DiskState::Failed);
+        // Not one that is just being attached, or known to be older: a Primary may have used the peer's since.
+        let has = |s: States| {
+            matches!(
+                s.disk,
+                DiskState::Inconsistent | DiskState::Consistent | DiskState::UpToDate | DiskState::Detaching
+            )
+        };
         let in_use: Vec<bool> =
             (0..self.volumes()).map(|volume| self.states(node, volume).is_some_and(has)).collect();
         self.net_node_gone(node, power);
