@@ -4,8 +4,8 @@ use lockstep_replicator::core::event::{AdminCommand, HandlerName, RequestOp};
 use lockstep_replicator::core::state::{ConnState, DiskState, Role};
 use lockstep_replicator::meta::flags;
 use lockstep_tests::sim::script::{
-    detach, handler_says, late_answer, load, open, pair_with, pass, quiet, runs, status, superblock, verb,
-    waits_for, within,
+    detach, handler_says, late_answer, load, open, pair_with, pass, quiet, runs, slow, status, superblock,
+    verb, waits_for, within,
 };
 use lockstep_tests::sim::{Options, World};
 
@@ -100,6 +100,33 @@ fn a_disk_attached_while_the_handler_hangs_meets_the_peer() {
     assert_eq!(world.nodes[1].answers[&id], Ok(()));
     quiet(&mut world);
     assert!(world.is_primary(1));
+}
+
+/// Whenever in the meeting the freeze ends: both nodes end with one generation, which a fail-over goes on from.
+#[test]
+fn fenced_or_resumed_in_the_middle_of_a_handshake_leaves_one_generation() {
+    for after in 0..40 {
+        for by_order in [false, true] {
+            // Nothing is written: no resync would bring one generation to the other.
+            let mut world = fenced_pair(8300 + after, Fencing::ResourceAndStonith);
+            handler_says(&mut world, 0, FENCE, None);
+            world.cut(true);
+            within(&mut world, 1000, |w| w.state(0).is_some_and(|s| s.2 == ConnState::Connecting));
+            slow(&mut world, 0, 20);
+            slow(&mut world, 1, 20);
+            world.heal();
+            pass(&mut world, after * 5);
+            if by_order {
+                world.admin(0, "resume-io", AdminCommand::ResumeIo);
+            } else {
+                late_answer(&mut world, 0, FENCE, 0, 4);
+            }
+            quiet(&mut world);
+            let [one, two] = [0, 1].map(|node| superblock(&world, node).uuid[0] & !1);
+            assert_eq!(one, two, "ended after {after}, by order {by_order}");
+            assert_eq!(world.failed_requests, 0);
+        }
+    }
 }
 
 /// SEM 29.9, and S46: a handler that hangs is not a fenced peer.

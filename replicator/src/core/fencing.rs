@@ -160,7 +160,9 @@ impl Resource {
                 if self.devices.iter().all(taking) {
                     self.unfreeze("the peer is back");
                 }
-            } else if self.peer_is_outdated_everywhere() {
+            } else if self.peer_is_outdated_everywhere() && !self.handshake_announced() {
+                // Going on alone begins a generation, and a peer that was just told of this one would not hear
+                // of it: what was announced holds until it is decided, and then the peer is back or away again.
                 self.unfreeze("the peer is fenced");
             } else if !self.devices.iter().any(|device| device.disk >= DiskState::Consistent) {
                 self.unfreeze("this node has no data to go on with");

@@ -19,9 +19,10 @@ impl Resource {
             AdminCommand::Connect { .. }
             | AdminCommand::Disconnect { .. }
             | AdminCommand::SuspendIo
-            | AdminCommand::ResumeIo
             | AdminCommand::Down => false,
-            AdminCommand::Attach { .. }
+            // Going on without the peer begins a generation.
+            AdminCommand::ResumeIo
+            | AdminCommand::Attach { .. }
             | AdminCommand::Detach { .. }
             | AdminCommand::Primary { .. }
             | AdminCommand::Secondary
