@@ -37,6 +37,20 @@ id!(/// A payload buffer of the runtime.
 id!(/// One run of a handler; chosen by the core, never used twice.
     HandlerToken(u64));
 
+/// Which write a data IO carries out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WriteId {
+    /// A request of the front end.
+    Own(RequestId),
+    /// A write of the peer: the transport it came by, and its id in the header of the message.
+    Peer {
+        /// The transport.
+        session: SessionId,
+        /// The id.
+        request: u64,
+    },
+}
+
 macro_rules! handlers {
     ($($(#[$doc:meta])* $variant:ident = $name:literal,)*) => {
         /// A program of the operator, from the `handlers` section, with DRBD's name (ADM §8.2).

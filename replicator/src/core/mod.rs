@@ -336,6 +336,24 @@ impl Resource {
         self.device_index(volume).is_some_and(|at| self.devices[at].bitmap.any(range.bits_touched()))
     }
 
+    /// Which write a data IO in hand is, for tests that follow each write to both disks.
+    #[must_use]
+    pub fn write_of_io(&self, io: IoId) -> Option<event::WriteId> {
+        let key = usize::try_from(io.0).ok()?;
+        match self.ios.get(key)?.context {
+            IoContext::Request(key) => self.requests.get(key).map(|r| event::WriteId::Own(r.id)),
+            IoContext::Peer(key) => self.peer_requests.get(key).map(PeerRequest::id),
+            _ => None,
+        }
+    }
+
+    /// Which request of the application a write to the peer is, for the same tests, by the id in its header; and
+    /// the protocol it was sent by.
+    #[must_use]
+    pub fn request_of_wire(&self, wire: u64) -> Option<(event::RequestId, config::Protocol)> {
+        self.find_request(wire).map(|key| (self.requests[key].id, self.requests[key].protocol))
+    }
+
     fn on_timer(&mut self, timer: Timer) {
         match timer {
             Timer::Handshake => self.on_handshake_timeout(),

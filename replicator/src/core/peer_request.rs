@@ -6,7 +6,7 @@
 //! completed before issuing it (I6).
 use super::config::WriteOrdering;
 use super::device::AlUser;
-use super::event::{BufferId, Digest, DiskOk, DiskOp, IoError, Output, Payload, SessionId};
+use super::event::{BufferId, Digest, DiskOk, DiskOp, IoError, Output, Payload, SessionId, WriteId};
 use super::fault::Fault;
 use super::interval::LockOwner;
 use super::repair::FailedIo;
@@ -38,6 +38,11 @@ pub(super) struct PeerRequest {
 }
 
 impl PeerRequest {
+    /// Where it came from, and its id in the header of its message.
+    pub(super) const fn id(&self) -> WriteId {
+        WriteId::Peer { session: self.session, request: self.wire_request }
+    }
+
     /// Which volume it writes.
     pub(super) const fn volume(&self) -> usize {
         self.volume

@@ -2,8 +2,10 @@
 use super::Rng;
 use super::node::{InFlight, io_key};
 use super::options::Weather;
-use super::world::{Ev, MS, US, World};
-use lockstep_replicator::core::event::{Digest, DiskIo, DiskOk, DiskOp, Input, IoError, IoId, MetaId};
+use super::world::{Asked, Ev, MS, US, World};
+use lockstep_replicator::core::event::{
+    Digest, DiskIo, DiskOk, DiskOp, Input, IoError, IoId, MetaId, RequestId, WriteId,
+};
 
 impl World {
     pub(super) fn meta_done(&mut self, node: usize, id: u64) {
@@ -52,22 +54,21 @@ impl World {
     }
 
     pub(super) fn disk_done(&mut self, node: usize, id: u64) {
-        let Some(InFlight { io, content, mark }) = self.nodes[node].ios.remove(&id) else { return };
+        let Some(InFlight { io, content, mark, record }) = self.nodes[node].ios.remove(&id) else { return };
         let volume = usize::from(io.volume.0);
         let write = !matches!(io.op, DiskOp::Read | DiskOp::ReadDigest | DiskOp::Flush);
         let mut result = Ok(DiskOk::default());
         if self.io_fails(node, volume, &io) {
             self.trace(|| format!("n{node} disk io {id} fails"));
+            if let Some(record) = record {
+                self.oracle.write_failed(record);
+            }
             if let (Some(range), false) = (io.range, write) {
                 self.oracle.unreadable(volume, range);
             }
             if let (Some(range), true) = (io.range, write) {
                 self.oracle.unwritten(volume, range);
                 self.nodes[node].disks[volume].maybe_write(range, &content, &mut self.rng);
-                if content.iter().all(|value| *value == 0) {
-                    let start = usize::try_from(range.start().0).unwrap_or(usize::MAX);
-                    self.history.zeroes_failed(node, volume, start, content.len());
-                }
             }
             result = Err(IoError::Errno(5));
         } else {
@@ -89,7 +90,7 @@ impl World {
                 (DiskOp::Flush, _) => this.disks[volume].flush(mark),
                 (_, Some(range)) => {
                     let start = usize::try_from(range.start().0).unwrap_or(usize::MAX);
-                    let tag = self.history.land(node, volume, start, &content);
+                    let tag = self.history.land(node, volume, start, &content, record);
                     this.disks[volume].write(range, content, io.fua, tag);
                 }
                 (_, None) => {}
@@ -117,6 +118,21 @@ impl World {
             2..=20 => disk_us * US + self.rng.below(disk_us * 8 * US),
             _ => 20 * US + self.rng.below(disk_us * US),
         })
+    }
+
+    /// Which write of the application an IO of this node carries out.
+    fn record_of_io(&self, node: usize, io: IoId) -> Option<u32> {
+        match self.nodes[node].core.as_ref()?.write_of_io(io)? {
+            WriteId::Own(id) => self.record_of_request(id),
+            WriteId::Peer { session, request } => self.wired.get(&(session, 1 - node, request)).copied(),
+        }
+    }
+
+    pub(super) fn record_of_request(&self, id: RequestId) -> Option<u32> {
+        match self.asked.get(&id.0)? {
+            Asked::Write { record } => Some(*record),
+            Asked::Read { .. } | Asked::Flush { .. } => None,
+        }
     }
 
     pub(super) fn start_io(&mut self, node: usize, io: DiskIo) {
@@ -154,7 +170,8 @@ impl World {
             None => format!("n{node} disk io {id}: {:?} of volume {volume}", io.op),
         });
         let stuck = io.op == DiskOp::Flush && self.nodes[node].disks[volume].faults.stuck_flushes;
-        self.nodes[node].ios.insert(id, InFlight { io, content, mark });
+        let record = self.record_of_io(node, io.id);
+        self.nodes[node].ios.insert(id, InFlight { io, content, mark, record });
         if stuck {
             return;
         }

@@ -4,7 +4,7 @@ use super::mixed::{Extra, Feature, FenceHandler};
 use super::plan::pick;
 use super::run::Run;
 use super::world::{Asked, MS, World};
-use lockstep_replicator::core::config::{OnIoError, RateControl};
+use lockstep_replicator::core::config::{Fencing, OnIoError, Protocol, RateControl, VolumeConfig};
 use lockstep_replicator::core::event::{AdminCommand, HandlerName};
 use lockstep_replicator::core::state::{ConnState, Role};
 use lockstep_replicator::units::VolumeNr;
@@ -89,6 +89,7 @@ impl Run<'_> {
                 true
             }
             Extra::Adjust(number) => self.adjust(number),
+            Extra::Protocol(node, protocol) => self.protocol(node, protocol),
             Extra::AlUpdates(node, on) => {
                 let mut volume = world.nodes[node].volume.clone().unwrap_or(world.options.volume.clone());
                 volume.al_updates = on;
@@ -137,28 +138,42 @@ impl Run<'_> {
         volume.on_io_error = if rng.percent(20) { OnIoError::PassOn } else { OnIoError::Detach };
         volume.resync.control = if rng.percent(20) { RateControl::Fixed } else { RateControl::Adaptive };
         volume.resync.rate_kib_s = 4000 + rng.below(20_000);
-        let mut hit = false;
         for node in 0..2 {
-            let own = self.world.nodes[node].volume.clone();
             let wanted = self.world.options.volume.clone();
-            if let Some(own) = own {
+            if let Some(own) = self.world.nodes[node].volume.clone() {
                 let (al_extents, al_updates) = (own.al_extents, own.al_updates);
-                let volume =
-                    lockstep_replicator::core::config::VolumeConfig { al_extents, al_updates, ..wanted };
-                self.world.nodes[node].volume = Some(volume);
+                self.world.nodes[node].volume = Some(VolumeConfig { al_extents, al_updates, ..wanted });
             }
-            let world = &self.world;
-            let first = world.nodes[node].volume.as_ref().unwrap_or(&world.options.volume);
-            let volumes = (0..world.volumes())
-                .map(|nr| lockstep_replicator::core::config::VolumeConfig {
-                    nr: VolumeNr(u16::try_from(nr).unwrap_or(0)),
-                    ..first.clone()
-                })
-                .collect();
-            let net = Box::new(world.net_of(node));
-            hit |= self.world.admin(node, "adjust", AdminCommand::Configure { net, volumes }) != 0;
         }
-        hit
+        let both = [0, 1].map(|node| self.configure(node));
+        both.contains(&true)
+    }
+
+    /// What the configuration file of a node says now, told to its daemon.
+    fn configure(&mut self, node: usize) -> bool {
+        let world = &self.world;
+        let first = world.nodes[node].volume.as_ref().unwrap_or(&world.options.volume);
+        let volumes = (0..world.volumes())
+            .map(|nr| VolumeConfig { nr: VolumeNr(u16::try_from(nr).unwrap_or(0)), ..first.clone() })
+            .collect();
+        let net = Box::new(world.net_of(node));
+        self.world.admin(node, "adjust", AdminCommand::Configure { net, volumes }) != 0
+    }
+
+    /// Another protocol in the file of both nodes; told to both daemons, or to one, from which the other hears it.
+    fn protocol(&mut self, one: Option<usize>, protocol: Protocol) -> bool {
+        let net = &self.world.options.net;
+        let stonith = net.fencing == Fencing::ResourceAndStonith;
+        // Refused, and no operator would leave it in the file.
+        let refused =
+            (net.allow_two_primaries && protocol != Protocol::C) || (stonith && protocol == Protocol::A);
+        if refused {
+            return false;
+        }
+        self.world.options.net.protocol = protocol;
+        self.world.history.set_protocol(protocol);
+        let told = [0, 1].map(|node| one.is_none_or(|one| one == node) && self.configure(node));
+        told.contains(&true)
     }
 
     /// A good operator: handlers work, nothing is held back.
@@ -166,6 +181,12 @@ impl Run<'_> {
         if self.has(Feature::Fencing) {
             for node in 0..2 {
                 self.fence_handler(node, FenceHandler::Honest, 1);
+            }
+        }
+        if self.has(Feature::Protocol) {
+            // What one of them was told goes to both in the end.
+            for node in 0..2 {
+                self.configure(node);
             }
         }
         for node in 0..2 {

@@ -10,9 +10,10 @@
 //! | no-data | `on-no-data-accessible suspend-io` | as any run: what waits completes or fails, once |
 //! | fencing | both policies; a handler that does its work, is late, hangs, fails or lies | as any run; a lie may split |
 //! | policies | `after-sb-*`, `rr-conflict`, `always-asbp` | data goes only where both nodes went on |
-//! | two | two Primaries with overlapping writes | every acknowledged write binds both |
+//! | two | two Primaries with overlapping writes | an acknowledged write is on both disks; a flush covers what its own node wrote |
 //! | adjust | other options at run time | as any run |
 //! | al | `al-updates` off and on, from one start to the next | as any run |
+//! | protocol | another protocol at run time | each write by the protocol it was sent by |
 use super::Rng;
 use super::plan::{Act, Io, LENGTH, Plan, Step, draw, pick};
 use lockstep_replicator::core::config::{
@@ -44,6 +45,8 @@ pub enum Feature {
     Adjust,
     /// The activity log off and on.
     Al,
+    /// Another protocol at run time.
+    Protocol,
 }
 
 impl Feature {
@@ -57,10 +60,19 @@ impl Feature {
         (Self::NoData, "no-data", 12),
         (Self::Fencing, "fencing", 15),
         (Self::Policies, "policies", 15),
-        (Self::Two, "two", 0),
+        (Self::Two, "two", 12),
         (Self::Adjust, "adjust", 15),
         (Self::Al, "al", 10),
+        (Self::Protocol, "protocol", 8),
     ];
+
+    /// Drawn from a generator of its own: what was added later changes nothing for seeds that do not have it.
+    fn own_generator(self, seed: u64) -> Option<Rng> {
+        match self {
+            Self::Protocol => Some(Rng::new(seed ^ 0x7072_6f74_6f63_6f6c)),
+            _ => None,
+        }
+    }
 
     /// From the name on a command line.
     #[must_use]
@@ -107,6 +119,8 @@ pub enum Extra {
     Adjust(u64),
     /// The node has `al-updates` so from its next start.
     AlUpdates(usize, bool),
+    /// `adjust` on both nodes, or on this one alone, whose peer adopts it: this protocol.
+    Protocol(Option<usize>, Protocol),
 }
 
 /// The plan of a seed with the features that it has, or with these.
@@ -116,13 +130,14 @@ pub fn draw_mixed(seed: u64, forced: Option<&[Feature]>) -> Plan {
     let mut rng = Rng::new(seed ^ 0x6d_6978_6564);
     let mut features = Vec::new();
     for (feature, _, percent) in Feature::ALL {
-        let drawn = rng.percent(*percent);
+        let drawn = feature.own_generator(seed).as_mut().unwrap_or(&mut rng).percent(*percent);
         if forced.map_or(drawn, |forced| forced.contains(feature)) {
             features.push(*feature);
         }
     }
     for feature in &features {
-        lay_over(*feature, &mut plan, &mut Rng::new(rng.next()));
+        let number = feature.own_generator(!seed).as_mut().unwrap_or(&mut rng).next();
+        lay_over(*feature, &mut plan, &mut Rng::new(number));
     }
     plan.steps.sort_by_key(|step| step.at);
     let names: Vec<&str> = features.iter().map(|feature| feature.name()).collect();
@@ -238,6 +253,12 @@ fn lay_over(feature: Feature, plan: &mut Plan, rng: &mut Rng) {
         Feature::Adjust => {
             for at in at {
                 push(at, Extra::Adjust(rng.next()));
+            }
+        }
+        Feature::Protocol => {
+            for at in at {
+                let one = rng.percent(30).then(|| node(rng));
+                push(at, Extra::Protocol(one, pick(rng, &[Protocol::A, Protocol::B, Protocol::C])));
             }
         }
         Feature::Al => {

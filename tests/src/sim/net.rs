@@ -15,6 +15,7 @@ use super::Rng;
 use super::options::Weather;
 use super::world::{Ev, MS, US, World};
 use lockstep_proto::Message;
+use lockstep_replicator::core::config::Protocol;
 use lockstep_replicator::core::event::{Input, LostReason, Payload, SessionId};
 use lockstep_replicator::units::SectorCount;
 use std::collections::BTreeSet;
@@ -26,8 +27,6 @@ pub enum Wire {
     None,
     /// Sectors.
     Blocks(Vec<u32>),
-    /// No sectors, but this write of zeroes.
-    Zeroes(u32),
     /// Bitmap words.
     Bytes(bytes::Bytes),
 }
@@ -193,7 +192,7 @@ impl World {
     }
 
     pub(super) fn send(&mut self, node: usize, session: SessionId, message: Message, payload: Payload) {
-        let mut wire = match payload {
+        let wire = match payload {
             Payload::None => Wire::None,
             Payload::Bytes(bytes) => Wire::Bytes(bytes),
             Payload::Buffer { id, len } => {
@@ -201,13 +200,10 @@ impl World {
                 Wire::Blocks(self.nodes[node].data(id)[..length].to_vec())
             }
         };
-        if self.nodes[node].session != Some(session) || self.net.dead.contains(&session) {
+        let lost = self.nodes[node].session != Some(session) || self.net.dead.contains(&session);
+        self.oracle_sent(node, session, &message, lost);
+        if lost {
             return;
-        }
-        if let Some(number) = self.oracle_sent(node, &message, &wire)
-            && matches!(wire, Wire::None)
-        {
-            wire = Wire::Zeroes(number);
         }
         let to = 1 - node;
         let sectors = if let Wire::Blocks(data) = &wire { data.len() as u64 } else { 1 };
@@ -253,6 +249,13 @@ impl World {
             }
             *left -= 1;
         }
+        if let Message::ProtocolUpdate(update) = &*message {
+            self.protocols[to] = match update.protocol {
+                1 => Protocol::A,
+                2 => Protocol::B,
+                _ => Protocol::C,
+            };
+        }
         if let Some(mut tamper) = self.net.tamper.take()
             && !tamper(to, &mut message, &mut payload)
         {
@@ -260,10 +263,6 @@ impl World {
         }
         let payload = match payload {
             Wire::None => Payload::None,
-            Wire::Zeroes(number) => {
-                self.history.arrived(number);
-                Payload::None
-            }
             Wire::Bytes(bytes) => Payload::Bytes(bytes),
             Wire::Blocks(data) => {
                 let len = SectorCount(data.len() as u64);

@@ -29,6 +29,8 @@ pub struct InFlight {
     pub content: Vec<u32>,
     /// Covered by a flush.
     pub mark: u64,
+    /// The write of the application that it is, if it is one.
+    pub record: Option<u32>,
 }
 
 /// See the module.

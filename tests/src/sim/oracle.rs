@@ -14,11 +14,10 @@
 //! | in sync and idle | 2: equal disks, no mark; 1 and 3 for both; no buffer left; 6: nobody's writes went away |
 use super::blocks::{Blocks, SECTORS_PER_BLOCK};
 use super::history::{NEVER, Past};
-use super::net::Wire;
 use super::world::World;
 use lockstep_proto::Message;
 use lockstep_replicator::core::config::Protocol;
-use lockstep_replicator::core::event::{AdminCommand, Event, Payload};
+use lockstep_replicator::core::event::{AdminCommand, Event, Payload, SessionId};
 use lockstep_replicator::core::explain::Decision;
 use lockstep_replicator::core::policy::Outcome;
 use lockstep_replicator::core::state::{ConnState, DiskState, ReplState, Role};
@@ -26,7 +25,7 @@ use lockstep_replicator::core::status::States;
 use lockstep_replicator::core::uuid::masked;
 use lockstep_replicator::meta::{UUID_JUST_CREATED, flags};
 use lockstep_replicator::units::{BITS_PER_AL_EXTENT, BlockRange, VolumeNr};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// The number of a verb refused because the connection is gone, before it or before the peer's answer.
 const NOT_CONNECTED: i32 = -15;
@@ -57,6 +56,11 @@ pub struct Oracle {
     /// The node has announced that it is connected, and not that it is not any more. What it says when it is
     /// asked may be newer than the event that is judged.
     connected: [bool; 2],
+    /// Writes that failed on a disk.
+    failed: BTreeSet<u32>,
+    /// By node and volume: it goes on from the other's copy without a disk of its own, and has not been in
+    /// sync since.
+    borrows: [Vec<bool>; 2],
     /// A resync to this node began and has not ended: what the volume holds is a mixture.
     was_target: [Vec<bool>; 2],
     /// Verbs that change what is allowed, on which node, and what was before.
@@ -103,6 +107,8 @@ impl Oracle {
             attached: [vec![0; sizes.len()], vec![0; sizes.len()]],
             policies: false,
             connected: [false; 2],
+            failed: BTreeSet::new(),
+            borrows: [vec![false; sizes.len()], vec![false; sizes.len()]],
             was_target: [vec![false; sizes.len()], vec![false; sizes.len()]],
             verbs: BTreeMap::new(),
             quiet: false,
@@ -122,6 +128,11 @@ impl Oracle {
         let (start, len) = (range.start().0, range.len().0);
         let as_index = |value| usize::try_from(value).unwrap_or(usize::MAX);
         self.touched[volume].set_sectors(as_index(start), as_index(len));
+    }
+
+    /// A disk did not take this write, and its node knows.
+    pub fn write_failed(&mut self, record: u32) {
+        self.failed.insert(record);
     }
 
     /// What cannot be read may be copied from the other node, also when both are at rest before that.
@@ -189,26 +200,46 @@ impl World {
         let both = self.in_sync();
         let mut views = [both; 2];
         views[if other { 1 - node } else { node }] = own || both || other;
-        self.history.seen(views, volume, first, data, self.now);
+        let beside = self.options.net.allow_two_primaries && self.nodes[node].session.is_some();
+        self.history.seen(views, volume, first, data, beside.then_some(1 - node), self.now);
     }
 
     pub(super) fn write_acked(&mut self, node: usize, record: u32) {
         // A session that is still at its handshake carries no writes.
         let connected = self.nodes[node].session.is_some() && self.oracle.connected[node];
         self.history.acked(record, connected, self.now);
-        let volume = self.history.record(record).map_or(0, |r| r.volume);
-        let peer_good = self.states(node, volume).is_some_and(|s| s.peer_disk == DiskState::UpToDate);
-        if self.options.net.allow_two_primaries && connected && peer_good {
-            return self.history.binds_both(record, self.now);
-        }
         let Some(fate) = self.history.record(record).map(|r| r.fate) else { return };
         let has = fate.map(|fate| fate.replaces != NEVER);
+        if has != [true, true] && self.both_take(node, record) {
+            return self
+                .fail(format!("n{node}: write #{record} was acked, but only one of two good disks has it"));
+        }
         match has {
             [true, true] => {}
             [true, false] => self.oracle.went_on[0] = true,
             [false, true] => self.oracle.went_on[1] = true,
             [false, false] => self.fail(format!("n{node}: write #{record} was acked, but no disk has it")),
         }
+    }
+
+    /// A write acked on `node` now must be on both disks: they are in step, and were when it was issued.
+    fn both_take(&self, node: usize, record: u32) -> bool {
+        let in_step = |node: usize, volume: usize| {
+            self.states(node, volume).is_some_and(|s| {
+                s.disk == DiskState::UpToDate
+                    && s.peer_disk == DiskState::UpToDate
+                    && s.replication == ReplState::Established
+            })
+        };
+        self.history.protocol_of(record) == Some(Protocol::C)
+            && !self.oracle.failed.contains(&record)
+            && self.nodes.iter().all(|node| node.session.is_some())
+            && self.history.record(record).is_some_and(|r| {
+                r.issued > self.oracle.met
+                    && r.issued > self.oracle.attached[0][r.volume].max(self.oracle.attached[1][r.volume])
+                    && in_step(node, r.volume)
+                    && in_step(1 - node, r.volume)
+            })
     }
 
     /// The copies that a flush on `node` reaches, as far as can be seen now: not one that is about to be
@@ -224,7 +255,7 @@ impl World {
                 && s.peer_disk >= DiskState::Inconsistent
                 && s.peer_disk != DiskState::DUnknown
         };
-        nodes[1 - node] &= self.options.net.protocol == Protocol::C
+        nodes[1 - node] &= self.protocols[node] == Protocol::C
             && self.nodes[node].session.is_some()
             && self.states(node, volume).is_some_and(mirrors);
         nodes
@@ -232,25 +263,32 @@ impl World {
 
     /// `asked`: the copies it reached when it was issued. A copy that came later, or whose disk is gone,
     /// perhaps because of this very flush, has promised nothing.
-    pub(super) fn flush_acked(&mut self, node: usize, volume: usize, issued: u64, asked: [bool; 2]) {
+    pub(super) fn flush_acked(
+        &mut self,
+        node: usize,
+        volume: usize,
+        issued: u64,
+        asked: [bool; 2],
+        only: Option<usize>,
+    ) {
         let now = self.flush_nodes(node, volume);
-        self.history.flushed(volume, issued, [0, 1].map(|node| asked[node] && now[node]));
+        self.history.flushed(volume, issued, [0, 1].map(|node| asked[node] && now[node]), only);
     }
 
-    /// A frame leaves; the write that it carries.
-    pub(super) fn oracle_sent(&mut self, node: usize, message: &Message, wire: &Wire) -> Option<u32> {
-        let number = match (message, wire) {
-            (Message::Data(_), Wire::Blocks(data)) => data.first().copied(),
-            (Message::Discard(header) | Message::WriteZeroes(header), _) => {
-                let volume = usize::try_from(header.volume).unwrap_or(usize::MAX);
-                self.history.zeroes_sent(node, volume, header.sector, header.nr_sectors)
-            }
-            _ => None,
+    /// A write leaves for the other node: it is known there by its transport and its id. `lost`: its sender
+    /// thinks that it leaves.
+    pub(super) fn oracle_sent(&mut self, node: usize, session: SessionId, message: &Message, lost: bool) {
+        let wire = match message {
+            Message::Data(header) => header.request,
+            Message::Discard(header) | Message::WriteZeroes(header) => header.request,
+            _ => return,
         };
-        if let Some(number) = number {
-            self.history.sent(number);
+        let sent = self.nodes[node].core.as_ref().and_then(|core| core.request_of_wire(wire));
+        let Some((request, protocol)) = sent else { return };
+        if let Some(record) = self.record_of_request(request) {
+            self.wired.insert((session, node, wire), record);
+            self.history.sent(record, protocol, lost);
         }
-        number
     }
 
     // ---- operators and crashes ------------------------------------------------------------------
@@ -314,7 +352,13 @@ impl World {
         };
         self.oracle.went_on[node] |= !was_primary && self.nodes[node].disks.iter().any(began);
         self.oracle.connected[node] = false;
-        self.history.forget_arrivals(node, 0..self.volumes());
+        for volume in 0..self.volumes() {
+            let borrows = std::mem::take(&mut self.oracle.borrows[node][volume]);
+            if borrows && self.options.net.allow_two_primaries {
+                // What it went on from is the other's; its own disk is as it was before.
+                self.history.forget_view(node, volume);
+            }
+        }
         let past = &mut self.oracle.past[node];
         past.crashed = self.now;
         if power {
@@ -391,10 +435,6 @@ impl World {
             Event::Repl(volume, old, ReplState::SyncTarget) if *old != ReplState::PausedSyncT => {
                 self.resync_begins(node, usize::from(volume.0));
             }
-            Event::Disk(volume, _, DiskState::Diskless) => {
-                let volume = usize::from(volume.0);
-                self.history.forget_arrivals(node, volume..volume + 1);
-            }
             Event::Repl(volume, _, ReplState::SyncSource) => {
                 self.oracle.was_target[node][usize::from(volume.0)] = false;
             }
@@ -455,6 +495,7 @@ impl World {
                     // Without a disk of its own it goes on from what the other one holds.
                     self.settle(1 - node, 1 - node, volume, "is what a diskless node goes on from");
                     self.history.adopt_view(1 - node, node, volume, None);
+                    self.oracle.borrows[node][volume] = true;
                 }
                 continue;
             }
@@ -483,7 +524,11 @@ impl World {
         self.oracle.settlements += 1;
         self.note_changes(node, volume);
         let disk = self.nodes[node].disks[volume].sectors();
-        let past = Past { attached: self.oracle.attached[node][volume], ..self.oracle.past[node] };
+        let past = Past {
+            attached: self.oracle.attached[node][volume],
+            viewer_crashed: self.oracle.past[view].crashed,
+            ..self.oracle.past[node]
+        };
         let settled = self.history.settle(node, view, volume, disk, &past, self.now);
         if let Err(why) = settled {
             self.fail(format!("n{node} {what}: {why}"));
@@ -499,6 +544,10 @@ impl World {
     fn resync_begins(&mut self, target: usize, volume: usize) {
         let source = 1 - target;
         self.oracle.was_target[target][volume] = true;
+        if self.oracle.borrows[source][volume] && self.oracle.voided[target] {
+            // Somebody decided that what it borrowed goes: its own disk counts, which it got back since.
+            self.history.forget_view(source, volume);
+        }
         self.settle(source, source, volume, "becomes source");
         let decided = self.oracle.voided[target] || (self.oracle.policies && self.oracle.may_split());
         if !decided {
@@ -520,6 +569,7 @@ impl World {
         let disks = [node, 1 - node].map(|node| self.nodes[node].disks[volume].sectors());
         self.history.adopt_view(1 - node, node, volume, Some((disks, self.oracle.met)));
         self.oracle.was_target[node][volume] = false;
+        self.oracle.borrows[node][volume] = false;
         // A decision holds for all volumes, and some may still be at their resync.
         let awaits = |volume: usize| {
             let chosen = |s: States| matches!(s.replication, ReplState::WFBitMapT | ReplState::WFSyncUUID);
@@ -598,6 +648,7 @@ impl World {
         self.oracle.full_allowed = false;
         self.oracle.went_on = [false; 2];
         self.oracle.voided = [false; 2];
+        self.oracle.borrows.iter_mut().for_each(|volumes| volumes.fill(false));
     }
 
     /// Every sector of one node's disks is allowed in its own view.

@@ -11,7 +11,7 @@ use super::oracle::Oracle;
 pub use super::orders::Choice;
 use lockstep_proto::Message;
 use lockstep_replicator::core::Resource;
-use lockstep_replicator::core::config::{NetConfig, VolumeConfig};
+use lockstep_replicator::core::config::{NetConfig, Protocol, VolumeConfig};
 use lockstep_replicator::core::event::{
     AdminCommand, Event, HandlerName, HandlerToken, Input, Output, Request, RequestId, RequestOp, SessionId,
 };
@@ -62,7 +62,7 @@ impl Ord for Due {
 pub(super) enum Asked {
     Read { volume: usize, range: BlockRange, buffer: u32, issued: u64, own: bool },
     Write { record: u32 },
-    Flush { volume: usize, issued: u64, nodes: [bool; 2] },
+    Flush { volume: usize, issued: u64, nodes: [bool; 2], only: Option<usize> },
 }
 
 /// See the module.
@@ -84,6 +84,10 @@ pub struct World {
     /// The link and what is on it.
     pub net: Network,
     pub(super) asked: BTreeMap<u64, Asked>,
+    /// The protocol by which each node sends, as far as its operators and its peer told it.
+    pub(super) protocols: [Protocol; 2],
+    /// Which record a write to the peer is: by transport, sender and its id there.
+    pub(super) wired: BTreeMap<(SessionId, usize, u64), u32>,
     /// Check reads and acks against the history.
     pub check_data: bool,
     /// What is known about the two copies.
@@ -160,6 +164,8 @@ impl World {
             seq: 0,
             net: Network::default(),
             asked: BTreeMap::new(),
+            protocols: [options.net.protocol; 2],
+            wired: BTreeMap::new(),
             check_data: true,
             oracle: Oracle::new(&sizes),
             disk_ios: 0,
@@ -254,6 +260,7 @@ impl World {
             config.volumes.push(VolumeConfig { nr, ..config.volumes[0].clone() });
         }
         let seed = self.rng.next();
+        self.protocols[node] = self.options.net.protocol;
         self.trace(|| format!("n{node} starts"));
         #[cfg_attr(
             not(feature = "planted-faults"),
@@ -293,7 +300,14 @@ impl World {
         self.trace(|| format!("n{node} verb {name}"));
         self.oracle_verb(node, id.0, &command);
         self.note_suspension(node, &command);
+        let protocol = match &command {
+            AdminCommand::Configure { net, .. } => Some(net.protocol),
+            _ => None,
+        };
         self.feed(node, Input::Admin { id, command });
+        if let Some(protocol) = protocol.filter(|_| self.nodes[node].answers.get(&id.0) == Some(&Ok(()))) {
+            self.protocols[node] = protocol;
+        }
         id.0
     }
 
@@ -388,7 +402,12 @@ impl World {
         }
         let id = self.ids.request();
         let nodes = self.flush_nodes(node, volume);
-        self.asked.insert(id.0, Asked::Flush { volume, issued: self.now, nodes });
+        // Beside another Primary it speaks for the writes of this node: the other's may still be in the
+        // cache there, and after a crash of both that copy may be the one that counts.
+        let peer_role = || self.status(node).map(|status| status.connection.peer_role);
+        let beside = self.options.net.allow_two_primaries && peer_role() == Some(Role::Primary);
+        let only = beside.then_some(node);
+        self.asked.insert(id.0, Asked::Flush { volume, issued: self.now, nodes, only });
         self.nodes[node].requests.insert(id.0, 0);
         self.trace(|| format!("n{node} flush {} of volume {volume}", id.0));
         let volume = VolumeNr(u16::try_from(volume).unwrap_or(0));
@@ -422,8 +441,8 @@ impl World {
             }
             Some(Asked::Write { record }) if ok => self.write_acked(node, record),
             Some(Asked::Write { record }) => self.history.orphan(record),
-            Some(Asked::Flush { volume, issued, nodes }) if ok => {
-                self.flush_acked(node, volume, issued, nodes);
+            Some(Asked::Flush { volume, issued, nodes, only }) if ok => {
+                self.flush_acked(node, volume, issued, nodes, only);
             }
             Some(Asked::Read { .. } | Asked::Flush { .. }) | None => {}
         }

@@ -179,7 +179,12 @@ impl History {
         if past.lost_power >= missing.issued && !missing.fate[view].stable {
             return Excuse::Lost;
         }
-        match self.protocol {
+        // Both stopped before anybody knew what became of it, and the other copy counts.
+        let shown = missing.fate[view].replaces;
+        if missing.shown_early && view != node && past.viewer_crashed >= shown {
+            return Excuse::Lost;
+        }
+        match missing.protocol {
             Protocol::A if foreign => Excuse::Lost,
             Protocol::B if foreign && past.crashed.max(past.attached) >= missing.issued => Excuse::Lost,
             Protocol::B if foreign => Excuse::OnItsWay,

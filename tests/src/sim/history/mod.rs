@@ -43,19 +43,10 @@ pub struct Fate {
     pub landed: bool,
     /// It is in a resync's past: what this node's disk went through before cannot say anything about it.
     pub sent: bool,
-    /// Its frame came to this node, and what became of it is not known yet.
-    pub arrived: bool,
 }
 
-const OPEN: Fate = Fate {
-    end: NEVER,
-    replaces: NEVER,
-    stable: false,
-    dead: false,
-    landed: false,
-    sent: false,
-    arrived: false,
-};
+const OPEN: Fate =
+    Fate { end: NEVER, replaces: NEVER, stable: false, dead: false, landed: false, sent: false };
 
 /// A write of the application.
 #[derive(Clone, Debug)]
@@ -74,8 +65,12 @@ pub struct Record {
     pub len: usize,
     /// FUA.
     pub fua: bool,
+    /// The one it was sent by last.
+    protocol: Protocol,
     /// By node.
     pub fate: [Fate; 2],
+    /// What a read beside another Primary showed of that one's write, before it was answered.
+    shown_early: bool,
     /// Both views say the same of it.
     joined: bool,
 }
@@ -89,6 +84,8 @@ pub struct Past {
     pub attached: u64,
     /// When it last lost its cache.
     pub lost_power: u64,
+    /// When the node in whose view this is asked stopped last.
+    pub viewer_crashed: u64,
     /// Since then, some write of its own disk failed.
     pub write_errors: u64,
 }
@@ -143,7 +140,9 @@ impl History {
             start: 0,
             len: 0,
             fua: false,
+            protocol,
             fate: [done; 2],
+            shown_early: false,
             joined: true,
         };
         let none: Vec<Blocks> = sizes.iter().map(|size| Blocks::none(*size)).collect();
@@ -161,7 +160,7 @@ impl History {
         }
     }
 
-    /// The protocol of the writes from now on.
+    /// The protocol of the writes from now on that are not sent.
     pub const fn set_protocol(&mut self, protocol: Protocol) {
         self.protocol = protocol;
     }
@@ -247,16 +246,40 @@ impl History {
     ) -> u32 {
         let (start, len) = (at(range.start().0), at(range.len().0));
         let fate = [OPEN; 2];
-        let number =
-            self.enlist(Record { value: 0, issued: now, node, volume, start, len, fua, fate, joined: true });
+        let number = self.enlist(Record {
+            value: 0,
+            issued: now,
+            node,
+            volume,
+            start,
+            len,
+            fua,
+            protocol: self.protocol,
+            fate,
+            shown_early: false,
+            joined: true,
+        });
         if !zeroes {
             self.records[number as usize].value = number;
         }
         number
     }
 
-    /// A node's disk holds this now; which record it was, 0 if none as a whole.
-    pub fn land(&mut self, node: usize, volume: usize, start: usize, content: &[u32]) -> u32 {
+    /// A node's disk holds this now: a whole write of the application, if that is known, or what a resync
+    /// copied. Which record it was, 0 if none as a whole.
+    pub fn land(
+        &mut self,
+        node: usize,
+        volume: usize,
+        start: usize,
+        content: &[u32],
+        known: Option<u32>,
+    ) -> u32 {
+        if let Some(number) = known {
+            self.records[number as usize].fate[node].landed = true;
+            self.unjoin(number);
+            return number;
+        }
         let mut tag = 0;
         let mut from = 0;
         while from < content.len() {
@@ -274,8 +297,7 @@ impl History {
                 whole.then_some(value)
             };
             if let Some(number) = found {
-                let fate = &mut self.records[number as usize].fate[node];
-                (fate.landed, fate.arrived) = (true, false);
+                self.records[number as usize].fate[node].landed = true;
                 self.unjoin(number);
                 tag = number;
             }
@@ -285,8 +307,7 @@ impl History {
     }
 
     /// The oldest write of zeroes to just this range that this node does not have yet; one that is still
-    /// waited for, if there is one, and of those one of this node's own application. Two Primaries may have
-    /// asked for the same: the disk looks alike after either, and the other node's may still be queued.
+    /// waited for, if there is one. A resync copied it, which does not know whose it was.
     fn open_zeroes(&self, node: usize, volume: usize, start: usize, len: usize) -> Option<u32> {
         let list = self.sectors.get(volume)?.get(start)?;
         let open = || {
@@ -300,34 +321,7 @@ impl History {
             // One with an end was answered before, and lost since.
             !fate.dead && fate.replaces == NEVER && fate.end == NEVER
         };
-        let own = |number: &u32| self.records[*number as usize].node == node;
-        // Under A and B the other node's may have been answered long before they come here, in their order. One
-        // that a lost link took with it does not come.
-        let mirrored = |number: &u32| {
-            self.protocol != Protocol::C && !own(number) && self.records[*number as usize].fate[node].arrived
-        };
-        open()
-            .find(mirrored)
-            .or_else(|| open().find(|number| waited_for(number) && own(number)))
-            .or_else(|| open().find(waited_for))
-            .or_else(|| open().next())
-    }
-
-    /// The write of zeroes by this node to just this range that it sends now: overlapping ones go one after the
-    /// other, so it is the oldest without an answer. (None is open: it was answered while the frame left.)
-    #[must_use]
-    pub fn zeroes_sent(&self, node: usize, volume: usize, start: u64, len: u64) -> Option<u32> {
-        let list = self.sectors.get(volume)?.get(at(start))?;
-        let same = |number: &u32| {
-            let r = &self.records[*number as usize];
-            r.value == 0 && r.node == node && r.start == at(start) && r.len == at(len)
-        };
-        let open = |number: &u32| {
-            let fate = &self.records[*number as usize].fate[node];
-            !fate.dead && fate.replaces == NEVER && fate.end == NEVER
-        };
-        let mine = || list.iter().copied().filter(same);
-        mine().find(open).or_else(|| mine().next_back())
+        open().find(waited_for).or_else(|| open().next())
     }
 
     /// A power cut took these writes, or parts of them, from a node's cache.
@@ -340,42 +334,25 @@ impl History {
         }
     }
 
-    /// A frame with this write left for the other node.
-    pub fn sent(&mut self, number: u32) {
+    /// A frame with this write left for the other node, by this protocol; or into a transport that is no more.
+    pub fn sent(&mut self, number: u32, protocol: Protocol, lost: bool) {
         if let Some(record) = self.records.get_mut(number as usize) {
-            record.fate[1 - record.node].sent = true;
+            record.protocol = protocol;
+            record.fate[1 - record.node].sent |= !lost;
             self.unjoin(number);
         }
     }
 
-    /// Its frame came to the other node.
-    pub fn arrived(&mut self, number: u32) {
-        if let Some(record) = self.records.get_mut(number as usize) {
-            record.fate[1 - record.node].arrived = true;
-            self.unjoin(number);
-        }
-    }
-
-    /// A write of zeroes to just this range failed on a node's disk: it does not land.
-    pub fn zeroes_failed(&mut self, node: usize, volume: usize, start: usize, len: usize) {
-        if let Some(number) = self.open_zeroes(node, volume, start, len) {
-            self.records[number as usize].fate[node].arrived = false;
-        }
-    }
-
-    /// What came to a node and has not landed does not land any more: its memory is gone, or its disk.
-    pub fn forget_arrivals(&mut self, node: usize, volumes: std::ops::Range<usize>) {
-        for number in &self.unjoined {
-            let record = &mut self.records[*number as usize];
-            record.fate[node].arrived &= !volumes.contains(&record.volume);
-        }
+    /// Which one a write was sent by.
+    #[must_use]
+    pub fn protocol_of(&self, number: u32) -> Option<Protocol> {
+        self.record(number).map(|record| record.protocol)
     }
 
     /// It was answered well. `connected`: the issuer still believes in its peer.
     pub fn acked(&mut self, number: u32, connected: bool, now: u64) {
-        let protocol = self.protocol;
         let record = &mut self.records[number as usize];
-        let issuer = record.node;
+        let (issuer, protocol) = (record.node, record.protocol);
         for node in 0..2 {
             let fate = &mut record.fate[node];
             let mirrored = node != issuer && protocol != Protocol::C && connected && fate.sent;
@@ -392,18 +369,6 @@ impl History {
                 fate.dead = true;
                 self.dead[node].push(number);
             }
-        }
-        self.ask_again(number, 0);
-        self.ask_again(number, 1);
-    }
-
-    /// It was answered well, and binds both: of two concurrent writes to the same blocks one may have been
-    /// left out on either disk, as if the other had come right after it.
-    pub fn binds_both(&mut self, number: u32, now: u64) {
-        for fate in &mut self.records[number as usize].fate {
-            fate.end = fate.end.min(now);
-            fate.replaces = fate.replaces.min(now);
-            fate.dead = false;
         }
         self.ask_again(number, 0);
         self.ask_again(number, 1);
@@ -429,8 +394,8 @@ impl History {
         }
     }
 
-    /// A flush issued at `issued` was acked; these nodes took part.
-    pub fn flushed(&mut self, volume: usize, issued: u64, nodes: [bool; 2]) {
+    /// A flush issued at `issued` was acked; these nodes took part. `only`: it speaks for this node's writes.
+    pub fn flushed(&mut self, volume: usize, issued: u64, nodes: [bool; 2], only: Option<usize>) {
         let (records, unjoined) = (&mut self.records, &mut self.unjoined);
         for (node, unsettled) in self.unsettled.iter_mut().enumerate().filter(|(node, _)| nodes[*node]) {
             unsettled.retain(|number| {
@@ -441,6 +406,7 @@ impl History {
                 let fate = &mut record.fate[node];
                 let covered =
                     record.volume == volume && fate.end <= issued && fate.replaces != NEVER && fate.landed;
+                let covered = covered && only.is_none_or(|only| record.node == only);
                 fate.stable |= covered;
                 !fate.stable && fate.replaces != NEVER
             });
@@ -454,6 +420,17 @@ impl History {
             if !(keep_stable && fate.stable) {
                 fate.replaces = NEVER;
                 fate.stable = false;
+                self.ask_again(number, node);
+            }
+        }
+    }
+
+    /// Nothing binds any longer in a node's view of a volume.
+    pub fn forget_view(&mut self, node: usize, volume: usize) {
+        for number in 1..u32::try_from(self.records.len()).unwrap_or(u32::MAX) {
+            let record = &mut self.records[number as usize];
+            if record.volume == volume {
+                (record.fate[node].replaces, record.fate[node].stable) = (NEVER, false);
                 self.ask_again(number, node);
             }
         }
@@ -485,8 +462,7 @@ impl History {
             }
             let before = record.fate[to];
             let landed = before.landed || came(record, number);
-            record.fate[to] =
-                Fate { landed, sent: before.sent, arrived: before.arrived, ..record.fate[from] };
+            record.fate[to] = Fate { landed, sent: before.sent, ..record.fate[from] };
             let fate = record.fate[to];
             if fate.dead && fate.end == NEVER {
                 self.dead[to].push(number);
@@ -520,7 +496,6 @@ impl History {
                 dead: a.dead && b.dead,
                 landed: a.landed || landed,
                 sent: true,
-                arrived: false,
             };
             record.fate = [joined, Fate { landed: b.landed || landed, ..joined }];
             for (view, before) in [a, b].iter().enumerate() {
@@ -699,8 +674,17 @@ impl History {
     }
 
     /// A read from `first` on showed these values to the application. Where one is of a write that nobody
-    /// will answer, it binds from now on, in these views and for these sectors, as an acked one does.
-    pub fn seen(&mut self, views: [bool; 2], volume: usize, first: usize, data: &[u32], now: u64) {
+    /// will answer, it binds from now on, in these views and for these sectors, as an acked one does. `beside`:
+    /// the reader takes the other node for a Primary that is there.
+    pub fn seen(
+        &mut self,
+        views: [bool; 2],
+        volume: usize,
+        first: usize,
+        data: &[u32],
+        beside: Option<usize>,
+        now: u64,
+    ) {
         let mut from = 0;
         while from < data.len() {
             let value = data[from];
@@ -713,14 +697,15 @@ impl History {
                 && (0..2)
                     .any(|node| views[node] && record.fate[node].dead && record.fate[node].replaces == NEVER)
             {
-                let mut seen = Record { start: first + from, len: to - from, ..record.clone() };
+                let shown_early = beside == Some(record.node);
+                let mut seen = Record { start: first + from, len: to - from, shown_early, ..record.clone() };
                 let known = self.sectors[volume][seen.start].iter().any(|number| {
                     let r = &self.records[*number as usize];
                     r.value == value && *number != value && r.start == seen.start && r.len == seen.len
                 });
                 for (fate, view) in seen.fate.iter_mut().zip(views) {
                     // A power cut that takes the write away says so of the write alone.
-                    (fate.landed, fate.arrived) = (false, false);
+                    fate.landed = false;
                     if view && fate.dead && fate.replaces == NEVER {
                         *fate = Fate { end: now, replaces: now, dead: false, ..*fate };
                     }
