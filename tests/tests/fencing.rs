@@ -4,8 +4,8 @@ use lockstep_replicator::core::event::{AdminCommand, HandlerName, RequestOp};
 use lockstep_replicator::core::state::{ConnState, DiskState, Role};
 use lockstep_replicator::meta::flags;
 use lockstep_tests::sim::script::{
-    detach, handler_says, late_answer, load, open, pair_with, pass, quiet, runs, slow, status, superblock,
-    verb, waits_for, within,
+    detach, handler_says, late_answer, load, open, pair_with, pass, quiet, runs, sectors, slow, status,
+    superblock, verb, waits_for, within,
 };
 use lockstep_tests::sim::{Options, World};
 
@@ -196,6 +196,27 @@ fn a_link_that_flaps_keeps_io_frozen_and_asks_anew() {
     world.heal();
     quiet(&mut world);
     assert_eq!(world.failed_requests, 0);
+}
+
+/// A write that waits for its place in the activity log when the link goes is written here alone while the nodes meet
+/// again, after they told each other what is marked: it must not be told done for a peer that has not got it.
+#[test]
+fn a_write_held_up_by_the_activity_log_while_the_nodes_meet_reaches_both() {
+    for step in 0..100 {
+        let mut world = fenced_pair(8062, Fencing::ResourceAndStonith);
+        handler_says(&mut world, 0, FENCE, None);
+        world.nodes[0].disks[0].faults.stick = Some((2 + 2 * step) * 1_000_000);
+        for extent in 0..3 {
+            world.request(0, RequestOp::Write, 8192 * (extent + 2), 8, false);
+        }
+        pass(&mut world, 1);
+        slow(&mut world, 0, 20);
+        slow(&mut world, 1, 20);
+        world.cut(false);
+        within(&mut world, 5000, |w| open(w, 0) == 0);
+        quiet(&mut world);
+        assert_eq!(sectors(&world, 0), sectors(&world, 1), "held up for {} ms", 2 + 2 * step);
+    }
 }
 
 #[test]

@@ -30,6 +30,8 @@ mod uuid_flags {
     pub(super) const WAS_TOLD_MORE: u32 = 16;
 }
 
+const MARKED_SINCE: &str = "a write was marked here after the peer was told that nothing is";
+
 /// Volumes of a resource at most.
 const MAX_VOLUMES: usize = 1 << 16;
 /// 16 PiB; more is no size but an attack on our arithmetic.
@@ -286,6 +288,9 @@ impl Resource {
             .iter()
             .find_map(|info| Role::from_wire(info.role))
             .unwrap_or(Role::Secondary);
+        if (0..self.devices.len()).any(|volume| self.marked_since_told(volume)) {
+            return self.drop_session(ConnState::NetworkFailure, MARKED_SINCE);
+        }
         // All or nothing: one volume that cannot go on keeps the whole connection down.
         let mut decided = Vec::new();
         for volume in 0..self.devices.len() {
@@ -325,6 +330,18 @@ impl Resource {
         }
         self.send_state();
         self.run_parked();
+    }
+
+    /// The peer was told that nothing is marked here, and a write that only this copy has was marked since. One that
+    /// waited for the activity log when the link went comes so late, and a frozen Primary keeps its generation: both
+    /// nodes would find equal data. Only the first mark matters; with some, equal generations compare the blocks.
+    fn marked_since_told(&self, volume: usize) -> bool {
+        let device = &self.devices[volume];
+        let nr = u32::from(device.nr.0);
+        let told = self.session.as_ref().and_then(|session| {
+            session.handshake.sent.iter().find(|sent| sent.volume == nr).map(|sent| sent.out_of_sync_bits)
+        });
+        told == Some(0) && device.bitmap.count() != 0
     }
 
     /// Both sides as the decision sees them, from what was sent and received.
@@ -491,6 +508,9 @@ impl Resource {
 
     /// Decides and acts for one volume of a session whose handshake is done.
     fn decide_volume(&mut self, volume: usize) {
+        if self.marked_since_told(volume) {
+            return self.drop_session(ConnState::NetworkFailure, MARKED_SINCE);
+        }
         if let Some(decision) = self.decide_and_tell(volume) {
             self.act_on(volume, &decision);
         }
