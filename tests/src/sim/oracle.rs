@@ -27,8 +27,9 @@ use lockstep_replicator::meta::{UUID_JUST_CREATED, flags};
 use lockstep_replicator::units::{BITS_PER_AL_EXTENT, BlockRange, VolumeNr};
 use std::collections::{BTreeMap, BTreeSet};
 
-/// The number of a verb refused because the connection is gone, before it or before the peer's answer.
-const NOT_CONNECTED: i32 = -15;
+/// Numbers of a verb refused because the connection is gone, before it or before the peer's answer, or because this
+/// node changed while the peer was asked: the peer may have begun.
+const PERHAPS_DONE: [i32; 2] = [-15, -18];
 
 /// See the module.
 #[derive(Debug)]
@@ -321,7 +322,7 @@ impl World {
         match self.oracle.verbs.remove(&id).map(|(_, verb)| verb) {
             Some(Verb::Voids { node, before }) if !ok => {
                 self.oracle.voided[node] = before;
-                if answer == Err(NOT_CONNECTED) {
+                if answer.is_err_and(|number| PERHAPS_DONE.contains(&number)) {
                     // Perhaps only the answer was lost, and the peer marked everything: a full resync was
                     // what the operator asked for. Nothing is thrown away by it, so nothing else is excused.
                     self.oracle.full_allowed = true;
@@ -570,12 +571,16 @@ impl World {
         self.history.adopt_view(1 - node, node, volume, Some((disks, self.oracle.met)));
         self.oracle.was_target[node][volume] = false;
         self.oracle.borrows[node][volume] = false;
-        // A decision holds for all volumes, and some may still be at their resync.
-        let awaits = |volume: usize| {
-            let chosen = |s: States| matches!(s.replication, ReplState::WFBitMapT | ReplState::WFSyncUUID);
+        // A decision is made for each volume, and may choose another side. Some may still be at their resync, or have
+        // no disk to hear it.
+        let awaits = |(node, volume): (usize, usize)| {
+            let chosen = |s: States| {
+                matches!(s.replication, ReplState::WFBitMapT | ReplState::WFSyncUUID)
+                    || s.disk < DiskState::Inconsistent
+            };
             self.oracle.was_target[node][volume] || self.states(node, volume).is_some_and(chosen)
         };
-        if !(0..self.volumes()).any(awaits) {
+        if !(0..2).flat_map(|node| (0..self.volumes()).map(move |volume| (node, volume))).any(awaits) {
             self.oracle.went_on = [false; 2];
         }
         self.oracle.unread[volume].clear();
@@ -661,6 +666,16 @@ impl World {
             let disk = self.nodes[node].disks[volume].sectors();
             if let Some(wrong) = self.history.wrong_now(node, volume, disk, self.now) {
                 return self.fail(format!("disk of n{node}: {wrong}"));
+            }
+        }
+    }
+
+    /// The nodes parted in a split brain: each holds what its application was told it does. A volume that is not split may
+    /// be the older one on a node, so what is missing there must be excused; what a resync left half-way is judged nowhere.
+    pub(super) fn check_parted(&mut self, node: usize) {
+        for volume in 0..self.volumes() {
+            if !self.oracle.was_target[node][volume] && !self.known_bad(node, volume) {
+                self.settle(node, node, volume, "ends in a split brain");
             }
         }
     }

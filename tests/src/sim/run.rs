@@ -557,7 +557,7 @@ impl Run<'_> {
             // Nothing was thrown away: each node holds what its application was told it does.
             self.summary.split = true;
             for node in 0..2 {
-                self.world.check_content(node);
+                self.world.check_parted(node);
             }
             return;
         }
