@@ -40,7 +40,9 @@ pub(super) struct Disk {
     meta: Rc<OwnedFd>,
     pub(super) layout: RefCell<Layout>,
     /// Where metadata belongs on the devices as they are now.
-    measured: RefCell<Option<Layout>>,
+    measured: RefCell<Option<(Layout, u64)>>,
+    /// How long the data device was, bytes, when the place of metadata was last measured and taken.
+    placed_for: Cell<Option<u64>>,
     /// A superblock that was left behind.
     pub(super) left_behind: Cell<Option<u64>>,
     /// Where the size of the data device is noted down.
@@ -69,6 +71,7 @@ impl Disk {
             meta,
             layout: RefCell::new(layout),
             measured: RefCell::new(None),
+            placed_for: Cell::new(None),
             left_behind: Cell::new(None),
             known,
             can_punch: Cell::new(true),
@@ -93,21 +96,22 @@ impl Disk {
         let (stripes, blocks) = (now.al_stripes(), now.al_stripe_size_4k());
         let layout = Layout::for_device(now.kind(), data, meta, stripes, blocks).ok()?;
         let place = layout.place_for(&now);
-        self.measured.replace(Some(layout));
+        self.measured.replace(Some((layout, data)));
         Some(place)
     }
 
-    /// The metadata is where it belongs on a device of this size.
+    /// The metadata is where it belongs on a device of the size it was measured with. The device may have grown again
+    /// since: a note of that size would look for it where it is not.
     pub(super) fn note_size(&self) {
-        let end = nix::unistd::lseek(self.data.as_fd(), 0, nix::unistd::Whence::SeekEnd).ok();
-        if let (Some(known), Some(bytes)) = (&self.known, end.and_then(|end| u64::try_from(end).ok())) {
+        if let (Some(known), Some(bytes)) = (&self.known, self.placed_for.get()) {
             known.write(bytes);
         }
     }
 
     /// From now on metadata goes where it was measured to belong.
     pub(super) fn relocate(&self) {
-        if let Some(layout) = self.measured.take() {
+        if let Some((layout, bytes)) = self.measured.take() {
+            self.placed_for.set(Some(bytes));
             let before = self.layout.replace(layout);
             self.left_behind.set(self.layout.borrow().left_behind(&before));
         }
@@ -500,7 +504,8 @@ mod tests {
             File::create(path).unwrap().set_len(16 << 20).unwrap();
             let options = CreateOptions { force: true, ..CreateOptions::default() };
             create(path, MetaKind::Internal, None, &options, &mut Silent).unwrap();
-            let (backing, _) = Backing::open(path, &MetaDisk::Internal).unwrap();
+            let known = KnownSize::new(path.parent().unwrap(), 5, path);
+            let (backing, _) = Backing::open_known(path, &MetaDisk::Internal, Some(known)).unwrap();
             let disk = Rc::new(Disk::new(VolumeNr(0), backing));
             Self { disk, pool: BufferPool::new(MIN_POOL_BYTES), ring: Ring::new().unwrap() }
         }
@@ -602,6 +607,8 @@ mod tests {
         file.set_len(24 << 20).unwrap();
         let place = bench.disk.measure().unwrap();
         assert!(place.moves && place.capacity > layout.capacity());
+        // It grows once more on the way: the note is of the size that the metadata was placed for.
+        file.set_len(32 << 20).unwrap();
         bench.meta(&MetaWrite::Relocate);
         let moved = bench.disk.layout.borrow().clone();
         bench.meta(&MetaWrite::Superblock(Box::new(superblock.clone())));
@@ -610,7 +617,11 @@ mod tests {
         bench.meta(&MetaWrite::ForgetOldPlace);
         file.read_exact_at(&mut block, layout.superblock_byte()).unwrap();
         assert_eq!(block, [0; BLOCK_BYTES]);
+        let known = KnownSize::new(dir, 5, &path);
+        assert_eq!(known.read(), Some(24 << 20));
         drop(bench);
+        let (backing, _) = Backing::open_known(&path, &MetaDisk::Internal, Some(known)).unwrap();
+        assert!(!backing.notes().is_empty(), "found at the noted size, and moved to the end");
     }
 
     #[test]
