@@ -152,7 +152,13 @@ impl Run<'_> {
             }
         }
         while self.summary.faults < ENOUGH_FAULTS && self.world.broken.is_none() {
+            let (before, other) = (self.summary.faults, 1 - self.plan.first);
             self.act(Act::Cut(false));
+            if self.summary.faults == before {
+                // Nothing to cut: two Primaries that lost each other do not meet again by themselves.
+                self.act(Act::Kill(other, false));
+                self.act(Act::Start(other, None));
+            }
             self.pump(1500, |_| false);
         }
     }
