@@ -6,6 +6,7 @@ use super::run::Run;
 use super::world::{Asked, MS, World};
 use lockstep_replicator::core::config::{Fencing, OnIoError, Protocol, RateControl, VolumeConfig};
 use lockstep_replicator::core::event::{AdminCommand, HandlerName};
+use lockstep_replicator::core::resize::ResizeOptions;
 use lockstep_replicator::core::state::{ConnState, Role};
 use lockstep_replicator::units::VolumeNr;
 
@@ -89,6 +90,18 @@ impl Run<'_> {
                 true
             }
             Extra::Adjust(number) => self.adjust(number),
+            Extra::GrowDisk(node, bytes) => {
+                let area = &mut world.nodes[node].disks[0].meta.real;
+                area.as_mut().is_some_and(|area| {
+                    area.grow_to(bytes);
+                    true
+                })
+            }
+            Extra::Resize(node) => {
+                let options = ResizeOptions::default();
+                let resize = AdminCommand::Resize { volume: nr(0), options };
+                world.admin(node, "resize", resize) != 0
+            }
             Extra::Protocol(node, protocol) => self.protocol(node, protocol),
             Extra::AlUpdates(node, on) => {
                 let mut volume = world.nodes[node].volume.clone().unwrap_or(world.options.volume.clone());

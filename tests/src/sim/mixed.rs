@@ -13,6 +13,7 @@
 //! | two | two Primaries with overlapping writes | an acknowledged write is on both disks; a flush covers what its own node wrote |
 //! | adjust | other options at run time | as any run |
 //! | al | `al-updates` off and on, from one start to the next | as any run |
+//! | resize | disks that grow, `resize` from either node | as any run; both nodes agree on the size |
 //! | protocol | another protocol at run time | each write by the protocol it was sent by |
 use super::Rng;
 use super::plan::{Act, Io, LENGTH, Plan, Step, draw, pick};
@@ -47,6 +48,8 @@ pub enum Feature {
     Al,
     /// Another protocol at run time.
     Protocol,
+    /// Disks that grow, and `resize`.
+    Resize,
 }
 
 impl Feature {
@@ -64,12 +67,14 @@ impl Feature {
         (Self::Adjust, "adjust", 15),
         (Self::Al, "al", 10),
         (Self::Protocol, "protocol", 8),
+        (Self::Resize, "resize", 0),
     ];
 
     /// Drawn from a generator of its own: what was added later changes nothing for seeds that do not have it.
     fn own_generator(self, seed: u64) -> Option<Rng> {
         match self {
             Self::Protocol => Some(Rng::new(seed ^ 0x7072_6f74_6f63_6f6c)),
+            Self::Resize => Some(Rng::new(seed ^ 0x72_6573_697a_6500)),
             _ => None,
         }
     }
@@ -121,6 +126,10 @@ pub enum Extra {
     AlUpdates(usize, bool),
     /// `adjust` on both nodes, or on this one alone, whose peer adopts it: this protocol.
     Protocol(Option<usize>, Protocol),
+    /// The disk of volume 0 has this many bytes, if that is more than it had.
+    GrowDisk(usize, u64),
+    /// `resize` of volume 0 to all that both disks hold.
+    Resize(usize),
 }
 
 /// The plan of a seed with the features that it has, or with these.
@@ -172,6 +181,7 @@ fn lay_over(feature: Feature, plan: &mut Plan, rng: &mut Rng) {
     let at = times(plan, rng, count);
     let volumes = 1 + plan.options.more_volumes.len() as u64;
     let mut steps = Vec::new();
+    let mut steps_of_trouble: Vec<(u64, Act)> = Vec::new();
     let mut push = |at: u64, extra: Extra| steps.push(Step { at, act: Act::Extra(extra) });
     let node = |rng: &mut Rng| usize::from(rng.percent(50));
     let net = &mut plan.options.net;
@@ -259,6 +269,32 @@ fn lay_over(feature: Feature, plan: &mut Plan, rng: &mut Rng) {
                 push(at, Extra::Adjust(rng.next()));
             }
         }
+        Feature::Resize => {
+            let full = plan.options.sectors * 512;
+            let mut percent = 40 + rng.below(30);
+            plan.options.grows_from_bytes = Some(full * percent / 100);
+            let mut at = at;
+            at.sort_unstable();
+            for at in at {
+                percent = (percent + pick(rng, &[0, 0, 1, 5, 10])).min(100);
+                let bytes = full * percent / 100;
+                for node in 0..2 {
+                    if rng.percent(80) {
+                        push(at + rng.below(40) * MS, Extra::GrowDisk(node, bytes));
+                    }
+                }
+                push(at + rng.below(80) * MS, Extra::Resize(node(rng)));
+                // At a bad moment: while metadata moves, or between the two nodes' steps.
+                let bad = at + rng.below(100) * MS;
+                let (victim, power) = (node(rng), rng.percent(50));
+                match rng.below(6) {
+                    0 => steps_of_trouble.push((bad, Act::KillAtMeta(victim, rng.below(12), power))),
+                    1 => steps_of_trouble.push((bad, Act::CutAfter(victim, rng.below(12)))),
+                    2 => steps_of_trouble.push((bad, Act::KillBoth(power, rng.percent(50)))),
+                    _ => {}
+                }
+            }
+        }
         Feature::Protocol => {
             for at in at {
                 let one = rng.percent(30).then(|| node(rng));
@@ -272,4 +308,5 @@ fn lay_over(feature: Feature, plan: &mut Plan, rng: &mut Rng) {
         }
     }
     plan.steps.extend(steps);
+    plan.steps.extend(steps_of_trouble.into_iter().map(|(at, act)| Step { at, act }));
 }

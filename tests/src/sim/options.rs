@@ -20,6 +20,8 @@ pub struct Options {
     pub volume: VolumeConfig,
     /// Options of the resource on both nodes.
     pub resource: ResourceOptions,
+    /// The disks of volume 0 begin with this many bytes, and their metadata lies at its real place.
+    pub grows_from_bytes: Option<u64>,
     /// The run may have features of `mixed.rs`.
     pub mixed: bool,
     /// Which were ordered, for a person who runs it again.
@@ -47,6 +49,7 @@ impl Options {
             net,
             volume,
             resource: ResourceOptions::default(),
+            grows_from_bytes: None,
             mixed: false,
             ordered: String::new(),
             verbose,

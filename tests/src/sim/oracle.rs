@@ -349,7 +349,11 @@ impl World {
         // It stopped within its promotion: the generation that it began is on its disk, and nobody who
         // reads that can tell whether a write of it completed (I2).
         let began = |disk: &super::disk::Disk| {
-            disk.meta.superblock().is_some_and(|sb| sb.flags & flags::PRIMARY_IND != 0 && sb.uuid[1] != 0)
+            let real = disk.meta.real.as_ref().and_then(super::real_area::RealArea::superblock);
+            disk.meta
+                .superblock()
+                .or(real)
+                .is_some_and(|sb| sb.flags & flags::PRIMARY_IND != 0 && sb.uuid[1] != 0)
         };
         self.oracle.went_on[node] |= !was_primary && self.nodes[node].disks.iter().any(began);
         self.oracle.connected[node] = false;
@@ -519,6 +523,11 @@ impl World {
 
     /// What is on the node's disk replaces what the view knows; what is missing must be excused.
     fn settle(&mut self, node: usize, view: usize, volume: usize, what: &str) {
+        self.settle_since(node, view, volume, what, 0);
+    }
+
+    /// The same by a decision of the nodes when they met: what was written since has no part in it.
+    fn settle_since(&mut self, node: usize, view: usize, volume: usize, what: &str, met: u64) {
         if !self.check_data {
             return;
         }
@@ -528,6 +537,7 @@ impl World {
         let past = Past {
             attached: self.oracle.attached[node][volume],
             viewer_crashed: self.oracle.past[view].crashed,
+            met,
             ..self.oracle.past[node]
         };
         let settled = self.history.settle(node, view, volume, disk, &past, self.now);
@@ -549,10 +559,12 @@ impl World {
             // Somebody decided that what it borrowed goes: its own disk counts, which it got back since.
             self.history.forget_view(source, volume);
         }
-        self.settle(source, source, volume, "becomes source");
+        let met = self.oracle.met;
+        self.settle_since(source, source, volume, "becomes source", met);
         let decided = self.oracle.voided[target] || (self.oracle.policies && self.oracle.may_split());
         if !decided {
-            self.settle(source, target, volume, &format!("becomes source and overwrites n{target} (I7)"));
+            let what = format!("becomes source and overwrites n{target} (I7)");
+            self.settle_since(source, target, volume, &what, met);
         }
         self.history.adopt_view(source, target, volume, None);
     }

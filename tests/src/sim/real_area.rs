@@ -23,7 +23,9 @@ pub struct RealArea {
     /// By byte position; what was never written reads as ones, so that nobody mistakes it for clean.
     blocks: BTreeMap<u64, Block>,
     layout: Layout,
-    measured: Option<Layout>,
+    measured: Option<(Layout, u64)>,
+    /// Size of the data device that the place of metadata was measured with.
+    placed_for: u64,
     left_behind: Option<u64>,
 }
 
@@ -43,6 +45,7 @@ impl RealArea {
             known_bytes: data_bytes,
             blocks: BTreeMap::new(),
             measured: None,
+            placed_for: data_bytes,
             left_behind: None,
             layout,
         };
@@ -57,6 +60,17 @@ impl RealArea {
         self.meta_bytes = meta_bytes;
     }
 
+    /// The data device has at least this size from now on.
+    pub fn grow_to(&mut self, data_bytes: u64) {
+        self.data_bytes = self.data_bytes.max(data_bytes);
+    }
+
+    /// The superblock where the metadata is now.
+    #[must_use]
+    pub fn superblock(&self) -> Option<Superblock> {
+        Superblock::decode(&self.block(self.layout.superblock_byte()), 0).ok()
+    }
+
     /// Usable sectors at the place where the metadata is now.
     #[must_use]
     pub const fn capacity(&self) -> SectorCount {
@@ -67,7 +81,7 @@ impl RealArea {
     pub fn measure(&mut self) -> Option<MetaPlace> {
         let layout = Layout::for_device(self.kind, self.data_bytes, self.meta_bytes, 1, 8).ok()?;
         let place = layout.place_for(&self.layout);
-        self.measured = Some(layout);
+        self.measured = Some((layout, self.data_bytes));
         Some(place)
     }
 
@@ -106,12 +120,13 @@ impl RealArea {
     fn moves(&mut self, write: &MetaWrite) {
         match write {
             MetaWrite::Relocate => {
-                if let Some(layout) = self.measured.take() {
+                if let Some((layout, bytes)) = self.measured.take() {
+                    self.placed_for = bytes;
                     self.left_behind = layout.left_behind(&self.layout);
                     self.layout = layout;
                 }
             }
-            MetaWrite::ForgetOldPlace => self.known_bytes = self.data_bytes,
+            MetaWrite::ForgetOldPlace => self.known_bytes = self.placed_for,
             MetaWrite::Superblock(_)
             | MetaWrite::AlTransaction(_)
             | MetaWrite::AlInit
@@ -127,6 +142,10 @@ impl RealArea {
 
     /// The node stopped while this was being written.
     pub fn maybe_apply(&mut self, write: &MetaWrite, rng: &mut Rng) {
+        if matches!(write, MetaWrite::ForgetOldPlace) {
+            // The note is durable before the old place goes.
+            self.known_bytes = self.placed_for;
+        }
         let keep = [0, 50, 100][usize::try_from(rng.below(3)).unwrap_or(0)];
         for (place, block) in self.pieces(write) {
             if rng.percent(keep) {

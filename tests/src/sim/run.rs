@@ -313,7 +313,9 @@ impl Run<'_> {
         let world = &mut self.world;
         let down = world.nodes[node].core.is_none();
         let whole = !world.nodes[node].disks.iter().any(|disk| disk.meta.damaged);
-        if !down || !whole || world.nodes[node].disks.iter().any(|disk| !disk.meta.is_usable()) {
+        // Damage is done to metadata at a made-up place only.
+        let real = world.nodes[node].disks.iter().any(|disk| disk.meta.real.is_some());
+        if !down || !whole || real || world.nodes[node].disks.iter().any(|disk| !disk.meta.is_usable()) {
             return false;
         }
         let rng = &mut world.rng;

@@ -9,6 +9,7 @@ use super::node::{Ids, Node, meta_key};
 use super::options::Options;
 use super::oracle::Oracle;
 pub use super::orders::Choice;
+use super::real_area::RealArea;
 use lockstep_proto::Message;
 use lockstep_replicator::core::Resource;
 use lockstep_replicator::core::config::{NetConfig, Protocol, VolumeConfig};
@@ -17,6 +18,7 @@ use lockstep_replicator::core::event::{
 };
 use lockstep_replicator::core::state::{ConnState, DiskState, ReplState, Role};
 use lockstep_replicator::core::status::{ResourceStatus, States};
+use lockstep_replicator::meta::MetaKind;
 use lockstep_replicator::units::{BlockRange, Sector, SectorCount, Time, VolumeNr};
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BinaryHeap};
@@ -154,10 +156,16 @@ impl World {
         sizes.extend(&options.more_volumes);
         let mut history = History::new(&sizes, options.net.protocol);
         history.compare = options.compare;
+        let mut nodes = [Node::new(0, &sizes), Node::new(1, &sizes)];
+        if let Some(bytes) = options.grows_from_bytes {
+            for node in &mut nodes {
+                node.disks[0].meta.real = Some(RealArea::new(MetaKind::Internal, bytes, 0));
+            }
+        }
         Self {
             now: 0,
             rng: Rng::new(options.seed),
-            nodes: [Node::new(0, &sizes), Node::new(1, &sizes)],
+            nodes,
             history,
             ids: Ids::default(),
             heap: BinaryHeap::new(),

@@ -8,6 +8,8 @@ use super::area::{Area, AreaError};
 use super::device::Device;
 use super::io;
 use crate::meta::{BLOCK_BYTES, Layout, MAGIC_UNCLEAN, MetaKind, Superblock, flags};
+use std::fs::File;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 /// The note of one backing device.
@@ -32,7 +34,8 @@ impl KnownSize {
         if Path::new(device) == self.device { bytes.parse().ok() } else { None }
     }
 
-    /// Notes a size down. Nothing depends on it until the device grows, so a failure is only told.
+    /// Notes a size down, durably: the old place of metadata is cleared behind it. Nothing depends on it until the
+    /// device grows, so a failure is only told.
     pub fn write(&self, bytes: u64) {
         if self.read() == Some(bytes) {
             return;
@@ -43,12 +46,19 @@ impl KnownSize {
             .file
             .parent()
             .map_or(Ok(()), std::fs::create_dir_all)
-            .and_then(|()| std::fs::write(&fresh, text))
-            .and_then(|()| std::fs::rename(&fresh, &self.file));
+            .and_then(|()| write_durably(&fresh, text.as_bytes()))
+            .and_then(|()| std::fs::rename(&fresh, &self.file))
+            .and_then(|()| self.file.parent().map_or(Ok(()), |dir| File::open(dir)?.sync_all()));
         if let Err(error) = written {
             tracing::warn!(file = %self.file.display(), %error, "the size of the backing device is not noted down; grow it only together with a resize while it is attached");
         }
     }
+}
+
+fn write_durably(file: &Path, text: &[u8]) -> std::io::Result<()> {
+    let mut file = File::create(file)?;
+    file.write_all(text)?;
+    file.sync_all()
 }
 
 /// Whether there is valid internal metadata where a device of `bytes` has it.

@@ -40,7 +40,9 @@ impl History {
         }
         let Missing { first, lost } = found?;
         if first != NEVER {
-            let newest = self.newest_foreign(node, volume, disk);
+            // What was lost before the nodes met is not out of order with what was written since.
+            let until = if first < past.met { past.met } else { NEVER };
+            let newest = self.newest_foreign(node, volume, disk, until);
             if newest.0 > first {
                 return Err(format!(
                     "write #{} is there, but not one that was acked before it was issued (order): volume {volume}, acked {} us, issued {} us, missing {lost:?}",
@@ -59,14 +61,15 @@ impl History {
         Ok(())
     }
 
-    /// When the newest write of the other node was issued that is on this disk, and its number.
-    fn newest_foreign(&self, node: usize, volume: usize, disk: &[u32]) -> (u64, u32) {
+    /// When the newest write of the other node was issued, before `until`, that is on this disk, and its number.
+    fn newest_foreign(&self, node: usize, volume: usize, disk: &[u32], until: u64) -> (u64, u32) {
         let mut newest = (0, 0);
         for value in disk.iter().filter(|value| **value != 0) {
             if let Some(there) = self.record(*value)
                 && there.volume == volume
                 && there.node != node
                 && there.issued > newest.0
+                && there.issued < until
             {
                 newest = (there.issued, *value);
             }

@@ -88,6 +88,8 @@ pub struct Past {
     pub viewer_crashed: u64,
     /// Since then, some write of its own disk failed.
     pub write_errors: u64,
+    /// When the nodes met that decided this; 0: nobody did.
+    pub met: u64,
 }
 
 /// Why a write is missing.
