@@ -296,6 +296,30 @@ fn load_from_both_nodes_on_the_same_blocks() {
     }
 }
 
+/// A block that a verify wants to read must not come between two writes that wait for each other across the nodes.
+#[test]
+fn a_verify_in_the_middle_of_conflicts_ends() {
+    for seed in 0..40 {
+        let mut options = options(6000 + seed, 4096);
+        options.net.verify_alg = Some("sha1".into());
+        let mut world = both_primary(options);
+        let verify = AdminCommand::Verify { volume: VOLUME, start: None, stop: None };
+        for _ in 0..4 {
+            burst(&mut world, 0, 0, 512, 30);
+            burst(&mut world, 1, 0, 512, 30);
+            world.run(1);
+        }
+        let asks = usize::try_from(seed % 2).unwrap();
+        world.admin(asks, "verify", verify);
+        for _ in 0..20 {
+            burst(&mut world, 0, 0, 512, 10);
+            burst(&mut world, 1, 0, 512, 10);
+            world.run(2);
+        }
+        quiet(&mut world);
+    }
+}
+
 #[test]
 fn a_node_dies_under_load_from_both() {
     for seed in 0..12 {

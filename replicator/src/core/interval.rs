@@ -5,7 +5,8 @@
 //!
 //! With one Primary that is first come, first served. With two, a write of this node that the other
 //! one has not ordered yet *yields*: writes of the peer go ahead of it, and it can be asked to hand
-//! back a range it holds (`core/conflict.rs` says when and why).
+//! back a range it holds (`core/conflict.rs` says when and why). A verify yields then, too: the write it
+//! waits for may itself wait, on the other node, for a write of the peer that would stand behind it here.
 use crate::units::BlockRange;
 
 /// Who holds or wants a range: a key into the owner's table.
@@ -39,8 +40,14 @@ struct Claim {
 /// Whether `first` goes before `second`, which it overlaps.
 const fn before(first: &Claim, second: &Claim) -> bool {
     match (first.owner, second.owner) {
-        (LockOwner::Request(_), LockOwner::Peer(_)) => first.turn < second.ticket,
-        (LockOwner::Peer(_), LockOwner::Request(_)) => second.turn >= first.ticket,
+        (
+            LockOwner::Request(_) | LockOwner::VerifyAsk(_) | LockOwner::VerifyAnswer(_),
+            LockOwner::Peer(_),
+        ) => first.turn < second.ticket,
+        (
+            LockOwner::Peer(_),
+            LockOwner::Request(_) | LockOwner::VerifyAsk(_) | LockOwner::VerifyAnswer(_),
+        ) => second.turn >= first.ticket,
         // The peer may be waiting for this very write before it lets the resync go on.
         (LockOwner::ResyncSource(_), LockOwner::Peer(_)) => false,
         _ => first.ticket < second.ticket,

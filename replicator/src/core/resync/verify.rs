@@ -305,7 +305,7 @@ impl Resource {
         if let Some(pace) = device.verify.as_mut().and_then(|verify| verify.pace.as_mut()) {
             pace.arrived(range.len().0);
         }
-        if device.locks.lock(range, LockOwner::VerifyAsk(key)) {
+        if self.lock_for_verify(volume, range, LockOwner::VerifyAsk(key)) {
             self.ov_check_locked(volume, key);
         }
     }
@@ -468,6 +468,13 @@ impl Resource {
         }
     }
 
+    /// Among two Primaries writes of the peer go ahead of it (`interval.rs`).
+    fn lock_for_verify(&mut self, volume: usize, range: BlockRange, owner: LockOwner) -> bool {
+        let two = self.two_primaries_allowed();
+        let locks = &mut self.devices[volume].locks;
+        if two { locks.lock_yielding(range, owner) } else { locks.lock(range, owner) }
+    }
+
     // ---- the node that answers ------------------------------------------------------------------
 
     /// Stands behind the writes that came before it.
@@ -497,7 +504,7 @@ impl Resource {
         verify.cursor = verify.cursor.max(range.bits_touched().end.min(verify.end));
         let key =
             device.ov_reads.insert(OvRead { session, range, request: header.request, step: OvStep::Locking });
-        if device.locks.lock(range, LockOwner::VerifyAnswer(key)) {
+        if self.lock_for_verify(volume, range, LockOwner::VerifyAnswer(key)) {
             self.ov_read_locked(volume, key);
         }
     }
