@@ -293,10 +293,17 @@ impl MetaArea {
 
     fn read_hot_extents(&self) -> Option<Vec<u32>> {
         let superblock = self.superblock()?;
-        if superblock.flags & (flags::PRIMARY_IND | flags::CRASHED_PRIMARY) == 0 || superblock.is_clean() {
+        if superblock.flags & (flags::PRIMARY_IND | flags::CRASHED_PRIMARY) == 0 {
             return Some(Vec::new());
         }
-        if superblock.flags & (flags::AL_DISABLED | flags::FULL_SYNC) != 0 {
+        // Careful: also when the disk was let go in good order since.
+        if superblock.flags & flags::AL_DISABLED != 0 {
+            return None;
+        }
+        if superblock.is_clean() {
+            return Some(Vec::new());
+        }
+        if superblock.flags & flags::FULL_SYNC != 0 {
             return None;
         }
         al_ring::replay(&self.ring, &self.layout).ok()

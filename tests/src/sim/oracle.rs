@@ -272,7 +272,9 @@ impl World {
         asked: [bool; 2],
         only: Option<usize>,
     ) {
-        let now = self.flush_nodes(node, volume);
+        let mut now = self.flush_nodes(node, volume);
+        // One that a lost session held up is answered without the peer, though a new session may be there already.
+        now[1 - node] &= self.oracle.connected[node] && self.oracle.met <= issued;
         self.history.flushed(volume, issued, [0, 1].map(|node| asked[node] && now[node]), only);
     }
 
@@ -310,6 +312,9 @@ impl World {
             AdminCommand::Primary { force: false } => Verb::Promotes,
             AdminCommand::NewCurrentUuid { .. } => {
                 self.oracle.full_allowed = true;
+                // Alone it begins a generation of its own.
+                let alone = self.states(node, 0).is_none_or(|s| s.connection != ConnState::Connected);
+                self.oracle.went_on[node] |= alone;
                 Verb::Other
             }
             _ => return,
