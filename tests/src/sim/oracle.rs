@@ -275,7 +275,7 @@ impl World {
         let mut now = self.flush_nodes(node, volume);
         // One that a lost session held up is answered without the peer, though a new session may be there already.
         now[1 - node] &= self.oracle.connected[node] && self.oracle.met <= issued;
-        self.history.flushed(volume, issued, [0, 1].map(|node| asked[node] && now[node]), only);
+        self.history.flushed(volume, issued, [0, 1].map(|node| asked[node] && now[node]), only, node);
     }
 
     /// A write leaves for the other node: it is known there by its transport and its id. `lost`: its sender
@@ -500,7 +500,11 @@ impl World {
                 self.settle(node, node, volume, "goes on as source");
             }
             if with_peer {
-                self.history.new_reign(1 - node, self.now);
+                // A second Primary that is dead, and not missed yet: what it sent may still come.
+                let dead = self.options.net.allow_two_primaries && self.nodes[1 - node].core.is_none();
+                if !dead {
+                    self.history.new_reign(1 - node, self.now);
+                }
                 if states.disk == DiskState::Diskless && states.peer_disk == DiskState::UpToDate {
                     // Without a disk of its own it goes on from what the other one holds.
                     self.settle(1 - node, 1 - node, volume, "is what a diskless node goes on from");

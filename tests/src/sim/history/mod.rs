@@ -397,7 +397,7 @@ impl History {
     }
 
     /// A flush issued at `issued` was acked; these nodes took part. `only`: it speaks for this node's writes.
-    pub fn flushed(&mut self, volume: usize, issued: u64, nodes: [bool; 2], only: Option<usize>) {
+    pub fn flushed(&mut self, volume: usize, issued: u64, nodes: [bool; 2], only: Option<usize>, by: usize) {
         let (records, unjoined) = (&mut self.records, &mut self.unjoined);
         for (node, unsettled) in self.unsettled.iter_mut().enumerate().filter(|(node, _)| nodes[*node]) {
             unsettled.retain(|number| {
@@ -405,10 +405,13 @@ impl History {
                 if std::mem::replace(&mut record.joined, false) {
                     unjoined.push(*number);
                 }
-                let fate = &mut record.fate[node];
+                let fate = record.fate[node];
                 let covered =
                     record.volume == volume && fate.end <= issued && fate.replaces != NEVER && fate.landed;
                 let covered = covered && only.is_none_or(|only| record.node == only);
+                // What the node that asks has gone on without is no business of its flush.
+                let covered = covered && record.fate[by].replaces != NEVER;
+                let fate = &mut record.fate[node];
                 fate.stable |= covered;
                 !fate.stable && fate.replaces != NEVER
             });
