@@ -500,11 +500,7 @@ impl World {
                 self.settle(node, node, volume, "goes on as source");
             }
             if with_peer {
-                // A second Primary that is dead, and not missed yet: what it sent may still come.
-                let dead = self.options.net.allow_two_primaries && self.nodes[1 - node].core.is_none();
-                if !dead {
-                    self.history.new_reign(1 - node, self.now);
-                }
+                self.history.new_reign(1 - node, self.now);
                 if states.disk == DiskState::Diskless && states.peer_disk == DiskState::UpToDate {
                     // Without a disk of its own it goes on from what the other one holds.
                     self.settle(1 - node, 1 - node, volume, "is what a diskless node goes on from");
