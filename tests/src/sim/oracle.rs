@@ -598,7 +598,9 @@ impl World {
             self.oracle.was_target[node][volume] || self.states(node, volume).is_some_and(chosen)
         };
         if !(0..2).flat_map(|node| (0..self.volumes()).map(move |volume| (node, volume))).any(awaits) {
-            self.oracle.went_on = [false; 2];
+            self.oracle.went_on[node] = false;
+            // The source may have lost the connection before the target was done, and have gone on since.
+            self.oracle.went_on[1 - node] &= !self.oracle.connected[1 - node];
         }
         self.oracle.unread[volume].clear();
         self.oracle.unverifiable[volume].0.fill(0);
