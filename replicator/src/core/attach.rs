@@ -437,14 +437,7 @@ impl Resource {
             {
                 self.end_failing(volume);
             }
-            // A step without IO of its own ends at once, and no input comes to look at the next.
-            Some(DiskProcedure::Resize(_)) => loop {
-                let before = self.resize_step(volume);
-                self.progress_resize(volume);
-                if before.is_none() || self.resize_step(volume) == before {
-                    break;
-                }
-            },
+            Some(DiskProcedure::Resize(_)) => self.progress_resize(volume),
             Some(
                 DiskProcedure::Attach { .. } | DiskProcedure::Detach { .. } | DiskProcedure::Failing { .. },
             )

@@ -60,6 +60,11 @@ impl Handshake {
         self.received.iter().find(|info| info.volume == volume).map(|info| info.uuid_current)
     }
 
+    /// What the peer was told of a volume.
+    fn told(&self, volume: u32) -> Option<&v1::VolumeInfo> {
+        self.sent.iter().find(|info| info.volume == volume)
+    }
+
     pub(super) const fn peer_features(&self) -> u64 {
         self.peer_features
     }
@@ -338,17 +343,15 @@ impl Resource {
     fn marked_since_told(&self, volume: usize) -> bool {
         let device = &self.devices[volume];
         let nr = u32::from(device.nr.0);
-        let told = self.session.as_ref().and_then(|session| {
-            session.handshake.sent.iter().find(|sent| sent.volume == nr).map(|sent| sent.out_of_sync_bits)
-        });
-        told == Some(0) && device.bitmap.count() != 0
+        let told = self.session.as_ref().and_then(|session| session.handshake.told(nr));
+        told.is_some_and(|told| told.out_of_sync_bits == 0) && device.bitmap.count() != 0
     }
 
     /// Both sides as the decision sees them, from what was sent and received.
     fn sides(&self, volume: usize) -> Option<(Side, Side)> {
         let nr = u32::from(self.devices[volume].nr.0);
         let session = self.session.as_ref()?;
-        let sent = session.handshake.sent.iter().find(|info| info.volume == nr)?;
+        let sent = session.handshake.told(nr)?;
         let received = session.handshake.received.iter().find(|info| info.volume == nr)?;
         let tie = self.cfg.node_id < self.cfg.peer_node_id;
         let (mut me, mut peer) = (side(sent, tie), side(received, !tie));

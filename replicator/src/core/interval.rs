@@ -99,11 +99,18 @@ impl IntervalLocks {
         }
     }
 
+    fn holding(&self, range: BlockRange) -> impl Iterator<Item = &Claim> + '_ {
+        let first = self.held.partition_point(|claim| claim.range.end() <= range.start());
+        self.held.iter().skip(first).take_while(move |claim| claim.range.overlaps(range))
+    }
+
+    fn holding_or_waiting(&self, range: BlockRange) -> impl Iterator<Item = &Claim> + '_ {
+        self.holding(range).chain(self.waiting.iter().filter(move |claim| claim.range.overlaps(range)))
+    }
+
     /// Writes of the local application that hold a part of `range`.
     pub fn requests_holding(&self, range: BlockRange) -> impl Iterator<Item = usize> + '_ {
-        let first = self.held.partition_point(|claim| claim.range.end() <= range.start());
-        let overlapping = self.held.iter().skip(first).take_while(move |claim| claim.range.overlaps(range));
-        overlapping.filter_map(|claim| match claim.owner {
+        self.holding(range).filter_map(|claim| match claim.owner {
             LockOwner::Request(key) => Some(key),
             LockOwner::Peer(_)
             | LockOwner::ResyncSource(_)
@@ -116,20 +123,13 @@ impl IntervalLocks {
     /// A write of the peer holds or wants a part of `range`.
     #[must_use]
     pub fn wanted_by_peer(&self, range: BlockRange) -> bool {
-        let first = self.held.partition_point(|claim| claim.range.end() <= range.start());
-        let held = self.held.iter().skip(first).take_while(|claim| claim.range.overlaps(range));
-        held.chain(self.waiting.iter().filter(|claim| claim.range.overlaps(range)))
-            .any(|claim| matches!(claim.owner, LockOwner::Peer(_)))
+        self.holding_or_waiting(range).any(|claim| matches!(claim.owner, LockOwner::Peer(_)))
     }
 
     /// A write of the local application holds or wants a part of `range`.
     #[must_use]
     pub fn wanted_by_request(&self, range: BlockRange) -> bool {
-        self.requests_holding(range).next().is_some()
-            || self
-                .waiting
-                .iter()
-                .any(|claim| matches!(claim.owner, LockOwner::Request(_)) && claim.range.overlaps(range))
+        self.holding_or_waiting(range).any(|claim| matches!(claim.owner, LockOwner::Request(_)))
     }
 
     /// Lets a held range go; appends the owners that hold theirs now.

@@ -227,17 +227,18 @@ impl Resource {
             self.resize_moved(volume);
         }
     }
-
-    pub(super) fn resize_step(&self, volume: usize) -> Option<ResizeStep> {
-        match &self.devices[volume].procedure {
-            Some(DiskProcedure::Resize(resizing)) => Some(resizing.step),
-            _ => None,
+    /// Moves a resize on when what it waits for has happened. A step without IO of its own ends at once, and no
+    /// input comes to look at the next.
+    pub(super) fn progress_resize(&mut self, volume: usize) {
+        while let Some(step) = self.resizing(volume).map(|resizing| resizing.step) {
+            self.progress_step(volume, step);
+            if self.resizing(volume).is_none_or(|resizing| resizing.step == step) {
+                return;
+            }
         }
     }
 
-    /// Moves a resize on when what it waits for has happened.
-    pub(super) fn progress_resize(&mut self, volume: usize) {
-        let Some(step) = self.resizing(volume).map(|resizing| resizing.step) else { return };
+    fn progress_step(&mut self, volume: usize, step: ResizeStep) {
         let device = &self.devices[volume];
         match step {
             ResizeStep::Drain => {

@@ -223,10 +223,7 @@ impl Resource {
     fn finish_alone(&mut self, reply: Reply, volume: usize) {
         self.md_touch(volume);
         self.write_bitmap(volume, BitmapThen::FullSync);
-        match reply {
-            Reply::Admin(id) => self.md_then(volume, SuperblockThen::Reply(id)),
-            Reply::Internal | Reply::Nobody => {}
-        }
+        self.reply_when_durable(reply, volume);
     }
 
     /// `outdate` (SEM §17).

@@ -181,7 +181,6 @@ fn lay_over(feature: Feature, plan: &mut Plan, rng: &mut Rng) {
     let at = times(plan, rng, count);
     let volumes = 1 + plan.options.more_volumes.len() as u64;
     let mut steps = Vec::new();
-    let mut steps_of_trouble: Vec<(u64, Act)> = Vec::new();
     let mut push = |at: u64, extra: Extra| steps.push(Step { at, act: Act::Extra(extra) });
     let node = |rng: &mut Rng| usize::from(rng.percent(50));
     let net = &mut plan.options.net;
@@ -287,12 +286,13 @@ fn lay_over(feature: Feature, plan: &mut Plan, rng: &mut Rng) {
                 // At a bad moment: while metadata moves, or between the two nodes' steps.
                 let bad = at + rng.below(100) * MS;
                 let (victim, power) = (node(rng), rng.percent(50));
-                match rng.below(6) {
-                    0 => steps_of_trouble.push((bad, Act::KillAtMeta(victim, rng.below(12), power))),
-                    1 => steps_of_trouble.push((bad, Act::CutAfter(victim, rng.below(12)))),
-                    2 => steps_of_trouble.push((bad, Act::KillBoth(power, rng.percent(50)))),
-                    _ => {}
-                }
+                let act = match rng.below(6) {
+                    0 => Act::KillAtMeta(victim, rng.below(12), power),
+                    1 => Act::CutAfter(victim, rng.below(12)),
+                    2 => Act::KillBoth(power, rng.percent(50)),
+                    _ => continue,
+                };
+                plan.steps.push(Step { at: bad, act });
             }
         }
         Feature::Protocol => {
@@ -308,5 +308,4 @@ fn lay_over(feature: Feature, plan: &mut Plan, rng: &mut Rng) {
         }
     }
     plan.steps.extend(steps);
-    plan.steps.extend(steps_of_trouble.into_iter().map(|(at, act)| Step { at, act }));
 }
