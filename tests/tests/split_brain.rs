@@ -224,18 +224,25 @@ fn after_sb_0pri_every_value() {
     }
 }
 
+/// Two Secondaries in a split brain that the fewer changes lose, on their way to meet, cut after so many messages; and
+/// what stands on their disks.
+fn least_changes_cut(mine: u64, theirs: u64, to: usize, after: u64) -> (World, [Vec<u32>; 2]) {
+    let net = NetConfig { after_sb_0pri: AfterSb0Pri::DiscardLeastChanges, ..NetConfig::default() };
+    let mut world = diverged(&net, mine, theirs);
+    secondary(&mut world, 0);
+    secondary(&mut world, 1);
+    let before = disks(&world);
+    world.heal();
+    world.net.cut_after_to[to] = Some(after);
+    (world, before)
+}
+
 /// The bitmaps are united before a resync begins; if it never does, that changes nobody's share.
 #[test]
 fn a_split_brain_that_is_found_twice_has_the_same_loser() {
     for (mine, theirs, winner) in [(5, 3, 0), (3, 5, 1)] {
         for (to, after) in (0..2).flat_map(|to| (2..7).map(move |after| (to, after))) {
-            let net = NetConfig { after_sb_0pri: AfterSb0Pri::DiscardLeastChanges, ..NetConfig::default() };
-            let mut world = diverged(&net, mine, theirs);
-            secondary(&mut world, 0);
-            secondary(&mut world, 1);
-            let before = disks(&world);
-            world.heal();
-            world.net.cut_after_to[to] = Some(after);
+            let (mut world, before) = least_changes_cut(mine, theirs, to, after);
             resolved_for(&mut world, winner, &before);
         }
     }
@@ -249,13 +256,7 @@ fn a_split_brain_that_is_found_again_after_a_restart_has_the_same_loser() {
         for ((to, after), (stops, late_ms)) in
             cuts().flat_map(|cut| (1..4_usize).flat_map(move |stops| [0, 2].map(|late| (cut, (stops, late)))))
         {
-            let net = NetConfig { after_sb_0pri: AfterSb0Pri::DiscardLeastChanges, ..NetConfig::default() };
-            let mut world = diverged(&net, mine, theirs);
-            secondary(&mut world, 0);
-            secondary(&mut world, 1);
-            let before = disks(&world);
-            world.heal();
-            world.net.cut_after_to[to] = Some(after);
+            let (mut world, before) = least_changes_cut(mine, theirs, to, after);
             world.run_until(2000, |w| w.net.cut_after_to[to].is_none());
             world.run(late_ms);
             let stopped: Vec<usize> = (0..2).filter(|node| stops >> node & 1 == 1).collect();
