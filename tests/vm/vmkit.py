@@ -38,6 +38,8 @@ KERNEL_ARGS = ["mitigations=off", "init_on_alloc=0", "audit=0"]
 # Variables handed to the guest without being named, so that a caller sets them once.
 ENV_PREFIX = "LOCKSTEP_"
 
+LISTEN_TIMEOUT_S = 60
+
 POLL_S = 0.1
 
 
@@ -54,6 +56,8 @@ class Vm:
     append: list = field(default_factory=list)
     env: dict = field(default_factory=dict)
     qemu: list = field(default_factory=list)
+    # Port of 127.0.0.1 on which this VM's QEMU waits for the next VM's; None: for nobody.
+    listens: int = None
     # Directory holding this VM's files; `share` is what the guest may write to.
     dir: str = ""
     share: str = ""
@@ -111,6 +115,31 @@ def start(vm, tools, timeout_s):
             command, stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+
+
+def wait_until_listening(vm):
+    """Returns when the VM's QEMU takes connections, or has ended, or has not come to it.
+
+    A QEMU whose `connect=` is refused goes on without a word, and its guest has a network
+    card on which nothing ever arrives: so the next VM must not start before.
+    """
+    give_up_s = time.monotonic() + LISTEN_TIMEOUT_S
+    while vm.listens and not is_listening(vm.listens) and vm.process.poll() is None:
+        if time.monotonic() > give_up_s:
+            print(f"{vm.name}: does not listen on port {vm.listens} after {LISTEN_TIMEOUT_S} s", file=sys.stderr)
+            return
+        time.sleep(0.02)
+
+
+def is_listening(port):
+    """Asks the kernel's table: a connection tried would be the one that QEMU waits for."""
+    with open("/proc/net/tcp") as table:
+        next(table)
+        for line in table:
+            _, local, _, state = line.split()[:4]
+            if state == "0A" and local == f"0100007F:{port:04X}":
+                return True
+    return False
 
 
 def stop(vm):
@@ -204,6 +233,7 @@ def run(vms, timeout_s):
     try:
         for vm in vms:
             start(vm, tools, timeout_s)
+            wait_until_listening(vm)
         while running:
             time.sleep(POLL_S)
             for vm in list(running):
