@@ -13,6 +13,24 @@ pub enum Protocol {
     C,
 }
 
+impl Protocol {
+    /// Its number on the wire.
+    #[must_use]
+    pub const fn number(self) -> u32 {
+        match self {
+            Self::A => 1,
+            Self::B => 2,
+            Self::C => 3,
+        }
+    }
+
+    /// From the number on the wire.
+    #[must_use]
+    pub fn from_number(number: u32) -> Option<Self> {
+        [Self::A, Self::B, Self::C].into_iter().find(|protocol| protocol.number() == number)
+    }
+}
+
 /// What a local IO error leads to (SEM §21).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum OnIoError {

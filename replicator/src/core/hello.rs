@@ -2,9 +2,9 @@
 //!
 //! Versions, names and the options that must be equal on both nodes. Who does not fit is refused for good:
 //! StandAlone with both values, and never a retry in a loop.
-use super::config::{AfterSb0Pri, AfterSb1Pri, AfterSb2Pri, RrConflict};
+use super::Resource;
+use super::config::{AfterSb0Pri, AfterSb1Pri, AfterSb2Pri, Protocol, RrConflict};
 use super::event::{Payload, Severity};
-use super::{Resource, config};
 use lockstep_proto::{Message, limits, v1};
 
 impl Resource {
@@ -17,7 +17,7 @@ impl Resource {
             node_id: self.cfg.node_id,
             node_name: self.cfg.node_name.clone(),
             resource: self.cfg.name.clone(),
-            protocol: protocol_number(net.protocol),
+            protocol: net.protocol.number(),
             after_sb_0pri: net.after_sb_0pri.number(),
             after_sb_1pri: net.after_sb_1pri.number(),
             after_sb_2pri: net.after_sb_2pri.number(),
@@ -89,16 +89,13 @@ impl Resource {
         let word = |known: Option<&'static str>, number: u32| {
             known.map_or_else(|| format!("number {number}"), str::to_owned)
         };
-        let protocol = |number: u32| match number {
-            1 => "A".to_owned(),
-            2 => "B".to_owned(),
-            3 => "C".to_owned(),
-            other => other.to_string(),
+        let protocol = |number: u32| {
+            Protocol::from_number(number).map_or_else(|| number.to_string(), |known| format!("{known:?}"))
         };
         // discard-local on one node is discard-remote on the other (SEM §15).
         let zero = AfterSb0Pri::from_number(hello.after_sb_0pri);
         let pairs = [
-            ("protocol", protocol(hello.protocol), protocol(protocol_number(net.protocol))),
+            ("protocol", protocol(hello.protocol), protocol(net.protocol.number())),
             (
                 "after-sb-0pri",
                 word(zero.map(AfterSb0Pri::name), hello.after_sb_0pri),
@@ -136,13 +133,5 @@ impl Resource {
         let name = self.cfg.name.clone();
         self.note(Severity::Error, format!("{why}; next: {advice}, then drbdadm connect {name}"));
         self.go_stand_alone(why);
-    }
-}
-
-pub(super) const fn protocol_number(protocol: config::Protocol) -> u32 {
-    match protocol {
-        config::Protocol::A => 1,
-        config::Protocol::B => 2,
-        config::Protocol::C => 3,
     }
 }

@@ -229,6 +229,7 @@ impl Resource {
         self.fail_peer_legs(ended.peer_life);
         (0..self.devices.len()).for_each(|volume| self.retry_held(volume));
         self.abort_receive();
+        self.asked_session_lost();
         self.role_session_lost();
         self.resize_session_lost();
         if retry {

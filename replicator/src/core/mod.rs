@@ -23,6 +23,7 @@
 //! | `explain.rs` | the same in words |
 //! | `resync/` | bitmap exchange, source, target |
 //! | `role.rs`, `verbs.rs` | operators' verbs and refusals |
+//! | `consent.rs` | changes that need the peer's part |
 //! | `handlers.rs` | operators' programs that are run at certain events |
 //! | `suspend.rs`, `fencing.rs` | IO that waits, and the fate of a peer that is away |
 //! | `bitmap.rs`, `activity_log.rs`, `interval.rs`, `timer.rs` | leaves without knowledge of the rest |
@@ -40,6 +41,7 @@ mod completion;
 pub mod config;
 mod conflict;
 mod congestion;
+mod consent;
 mod device;
 pub mod event;
 pub mod explain;
@@ -73,6 +75,7 @@ mod verbs;
 
 use crate::units::{BlockRange, Time, VolumeNr};
 use config::ResourceConfig;
+use consent::Asked;
 use device::Device;
 use event::{AdminCommand, AdminId, Event, Input, IoId, MetaId, Output, Severity};
 use fault::Fault;
@@ -83,7 +86,7 @@ use lockstep_proto::Message;
 use metadata::MetaContext;
 use peer_request::{PeerRequest, ReceiveEpochs};
 use request::Request;
-use role::{Asked, Down, RoleChange};
+use role::{Down, RoleChange};
 use slab::Slab;
 use state::{ConnState, Role};
 use std::collections::VecDeque;

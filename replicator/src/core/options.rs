@@ -94,7 +94,7 @@ impl Resource {
     /// The options that both nodes must have alike, for the peer.
     fn shared_options(&self, net: &NetConfig) -> v1::ProtocolUpdate {
         v1::ProtocolUpdate {
-            protocol: super::hello::protocol_number(net.protocol),
+            protocol: net.protocol.number(),
             allow_two_primaries: net.allow_two_primaries,
             after_sb_0pri: net.after_sb_0pri.number(),
             after_sb_1pri: net.after_sb_1pri.number(),
@@ -104,11 +104,8 @@ impl Resource {
 
     /// The peer's operator changed them.
     pub(super) fn on_protocol_update(&mut self, update: &v1::ProtocolUpdate) {
-        let protocol = match update.protocol {
-            1 => Protocol::A,
-            2 => Protocol::B,
-            3 => Protocol::C,
-            _ => return self.protocol_error("an unknown protocol"),
+        let Some(protocol) = Protocol::from_number(update.protocol) else {
+            return self.protocol_error("an unknown protocol");
         };
         let policies = (
             config::AfterSb0Pri::from_number(update.after_sb_0pri),

@@ -1,4 +1,4 @@
-//! Becoming Primary, becoming Secondary (SEM §2), and what is asked of the peer first (SEM §6).
+//! Becoming Primary, becoming Secondary (SEM §2), once the peer agrees (`consent.rs`).
 //!
 //! ```text
 //! Secondary --checks--> ask peer --> "Primary" durable in every superblock --> Primary
@@ -6,7 +6,7 @@
 //! ```
 //! The demotion waits for the barrier acks: without PRIMARY_IND nobody looks at the activity log again,
 //! so everything it stood for must be stable on both nodes first (I1).
-use super::event::{AdminId, Event, Output, Payload, Refusal, Severity};
+use super::event::{AdminId, Event, Output, Refusal, Severity};
 use super::fault::Fault;
 use super::metadata::{BitmapThen, SuperblockThen};
 use super::state::{ConnState, DiskState, ReplState, Role};
@@ -16,7 +16,6 @@ use crate::meta::UUID_JUST_CREATED;
 use crate::units::VolumeNr;
 use lockstep_proto::v1::state_request::Kind;
 use lockstep_proto::v1::volume_info::Phase;
-use lockstep_proto::{Message, v1};
 
 /// DRBD's number for a second Primary where only one is allowed.
 const MULTIPLE_PRIMARIES: i32 = -1;
@@ -56,16 +55,6 @@ enum RoleStep {
 pub(super) struct Down {
     pub(super) reply: AdminId,
     pub(super) detaching: bool,
-}
-
-/// A cluster-wide change other than a promotion, waiting for the peer's answer.
-#[derive(Debug)]
-pub(super) struct Asked {
-    id: u64,
-    reply: Reply,
-    volume: usize,
-    kind: Kind,
-    uuid: u64,
 }
 
 impl Resource {
@@ -174,12 +163,9 @@ impl Resource {
                 "try again in a moment",
             ));
         }
-        if let Some(asked) = self.asked.iter().find(|asked| {
-            asked.reply != Reply::Nobody
-                && matches!(asked.kind, Kind::StartFullSyncAsTarget | Kind::StartSyncAsTarget)
-        }) {
+        if let Some(volume) = self.asked_for_resync_to_here() {
             // Once agreed to, what is here is overwritten: the peer marks it before its answer arrives.
-            let nr = self.devices[asked.volume].nr.0;
+            let nr = self.devices[volume].nr.0;
             return Err(refusal(
                 -18,
                 "In transient state, retry after next state change",
@@ -233,6 +219,50 @@ impl Resource {
     fn declares_data(&self) -> bool {
         self.role_change.as_ref().is_some_and(|change| change.force)
             && self.devices.iter().any(|device| device.disk != DiskState::UpToDate && !device.peer_readable())
+    }
+
+    /// This question to the peer is about the promotion on its way.
+    pub(super) fn promotion_is_asked(&self, id: u64) -> bool {
+        self.role_change.as_ref().is_some_and(|change| change.step == RoleStep::AskPeer(id))
+    }
+
+    /// The peer agreed to the promotion, or refused it.
+    pub(super) fn promotion_answered(&mut self, refused: Option<Refusal>) {
+        let Some(change) = self.role_change.take() else { return };
+        let (to, force) = (change.reply, change.force);
+        // While the peer was asked, the good copy may have gone.
+        match refused.map_or_else(|| self.check_promote(force), Err) {
+            Err(refused) => self.reply(to, Err(refused)),
+            Ok(()) => {
+                self.role_change = Some(RoleChange { reply: to, force, step: RoleStep::Promote, left: 0 });
+                self.promote_write();
+            }
+        }
+    }
+
+    /// The peer asks to become Primary.
+    pub(super) fn judge_peer_promotion(&self) -> Result<(), Refusal> {
+        let promoting = self.role_change.as_ref().map(|change| change.step);
+        let lower = self.cfg.node_id < self.cfg.peer_node_id;
+        let mine_first = match promoting {
+            Some(RoleStep::AskPeer(_)) => lower,
+            Some(RoleStep::Receive | RoleStep::Promote) => true,
+            Some(
+                RoleStep::Probe | RoleStep::Fence(_) | RoleStep::Drain | RoleStep::Settle | RoleStep::Demote,
+            )
+            | None => self.role == Role::Primary,
+        };
+        if mine_first && !self.two_primaries_allowed() && !self.planted(Fault::SecondPrimaryAllowed) {
+            let facts = vec![format!("{} is {} or becoming Primary", self.cfg.node_name, self.role)];
+            return Err(refusal(-1, "Multiple primaries not allowed by config", facts, ""));
+        }
+        // Both about to call their own copy the good one: that would be two histories (S28).
+        let both = matches!(promoting, Some(RoleStep::AskPeer(_))) && lower;
+        if both && self.declares_data() {
+            let facts = vec![format!("{} is becoming Primary by force as well", self.cfg.node_name)];
+            return Err(refusal(-19, "Concurrent state changes detected and aborted", facts, ""));
+        }
+        Ok(())
     }
 
     fn promote_write(&mut self) {
@@ -475,304 +505,10 @@ impl Resource {
         Err(refusal(-2, "Need access to UpToDate data", facts, &advice))
     }
 
-    // ---- asking the peer ------------------------------------------------------------------------
-
-    fn ask_peer(&mut self, kind: Kind, volume: u32, uuid_current: u64) -> u64 {
-        let (start_sector, stop_sector) = self
-            .wire_device(volume)
-            .filter(|_| kind == Kind::StartVerify)
-            .and_then(|at| self.devices[at].verify_wanted)
-            .unwrap_or_default();
-        self.next_state_request += 1;
-        let id = self.next_state_request;
-        self.send(
-            Message::StateRequest(v1::StateRequest {
-                id,
-                kind: kind.into(),
-                volume,
-                uuid_current,
-                size_sectors: 0,
-                assume_clean: false,
-                start_sector,
-                stop_sector,
-            }),
-            Payload::None,
-        );
-        id
-    }
-
-    /// Asks for a change of one volume that needs the peer's part.
-    pub(super) fn ask_for(&mut self, reply: Reply, kind: Kind, volume: usize, uuid: u64) {
-        let number = u32::from(self.devices[volume].nr.0);
-        let id = self.ask_peer(kind, number, uuid);
-        self.asked.push(Asked { id, reply, volume, kind, uuid });
-    }
-
-    /// The peer was asked for a change of this volume and has not answered.
-    pub(super) fn asks_for_change(&self, volume: usize) -> bool {
-        self.asked.iter().any(|asked| asked.volume == volume)
-    }
-
-    pub(super) fn on_state_request(&mut self, request: &v1::StateRequest) {
-        let kind = request.kind();
-        if matches!(kind, Kind::ResizeAsk | Kind::ResizeCommit) {
-            return self.on_resize_request(request, kind);
-        }
-        if kind == Kind::Outdate && self.role != Role::Primary && self.role_change.is_none() {
-            return self.outdate_for_peer(request.id);
-        }
-        let answer = self.judge_state_request(request);
-        let (result, text) = match &answer {
-            Ok(()) => (1, String::new()),
-            // The peer's operator sees these words only.
-            Err(refused) => (refused.number, words_for_peer(refused)),
-        };
-        let answer_message = v1::StateReply { id: request.id, result, text, value: 0 };
-        self.send(Message::StateReply(answer_message), Payload::None);
-        if answer.is_ok()
-            && let Some(volume) = self.wire_device(request.volume)
-        {
-            self.cancel_repair(volume);
-            match request.kind() {
-                Kind::Promote | Kind::Detach | Kind::ResizeAsk | Kind::ResizeCommit | Kind::Outdate => {}
-                Kind::StartFullSyncAsTarget => self.begin_resync(volume, true, true, DiskState::Inconsistent),
-                Kind::StartFullSyncAsSource => self.begin_resync(volume, false, true, DiskState::UpToDate),
-                Kind::StartSyncAsTarget => self.begin_resync(volume, true, false, DiskState::Inconsistent),
-                Kind::StartSyncAsSource => self.begin_resync(volume, false, false, DiskState::UpToDate),
-                Kind::StartVerify => {
-                    self.begin_verify(volume, false, request.start_sector, request.stop_sector);
-                }
-                Kind::SkipInitialSync => self.skip_initial_sync(volume, request.uuid_current),
-            }
-        }
-    }
-
-    fn judge_state_request(&self, request: &v1::StateRequest) -> Result<(), Refusal> {
-        let kind = request.kind();
-        if kind == Kind::Promote {
-            let promoting = self.role_change.as_ref().map(|change| change.step);
-            let lower = self.cfg.node_id < self.cfg.peer_node_id;
-            let mine_first = match promoting {
-                Some(RoleStep::AskPeer(_)) => lower,
-                Some(RoleStep::Receive | RoleStep::Promote) => true,
-                Some(
-                    RoleStep::Probe
-                    | RoleStep::Fence(_)
-                    | RoleStep::Drain
-                    | RoleStep::Settle
-                    | RoleStep::Demote,
-                )
-                | None => self.role == Role::Primary,
-            };
-            if mine_first && !self.two_primaries_allowed() && !self.planted(Fault::SecondPrimaryAllowed) {
-                let facts = vec![format!("{} is {} or becoming Primary", self.cfg.node_name, self.role)];
-                return Err(refusal(-1, "Multiple primaries not allowed by config", facts, ""));
-            }
-            // Both about to call their own copy the good one: that would be two histories (S28).
-            let both = matches!(promoting, Some(RoleStep::AskPeer(_))) && lower;
-            if both && self.declares_data() {
-                let facts = vec![format!("{} is becoming Primary by force as well", self.cfg.node_name)];
-                return Err(refusal(-19, "Concurrent state changes detected and aborted", facts, ""));
-            }
-            return Ok(());
-        }
-        if kind == Kind::Outdate {
-            let facts = vec![format!("{} is {} or changing", self.cfg.node_name, self.role)];
-            return Err(refusal(-6, "Refusing to be Outdated while Connected", facts, ""));
-        }
-        let Some(volume) = self.wire_device(request.volume) else {
-            return Err(refusal(
-                -10,
-                "State change was refused by peer node",
-                vec!["no such volume there".into()],
-                "",
-            ));
-        };
-        let device = &self.devices[volume];
-        if device.repl != ReplState::Established || device.resync.is_some() || device.procedure.is_some() {
-            return Err(refusal(-8, "Can not start OV/resync since it is already active", Vec::new(), ""));
-        }
-        if device.negotiating || self.repair_goes_first(volume) {
-            let facts = vec!["another change of this volume is on its way there".into()];
-            return Err(refusal(-18, "In transient state, retry after next state change", facts, ""));
-        }
-        match kind {
-            Kind::StartFullSyncAsTarget | Kind::StartSyncAsTarget | Kind::StartVerify
-                if device.disk != DiskState::UpToDate =>
-            {
-                Err(refusal(-2, "Need access to UpToDate data", Vec::new(), ""))
-            }
-            Kind::StartFullSyncAsSource | Kind::StartSyncAsSource if !device.writable() => {
-                Err(refusal(-5, "Can not resync without remote disk", Vec::new(), ""))
-            }
-            Kind::StartFullSyncAsSource | Kind::StartSyncAsSource if self.role == Role::Primary => {
-                let facts = vec!["that node is Primary".into()];
-                Err(refusal(-10, "State change was refused by peer node", facts, ""))
-            }
-            Kind::SkipInitialSync if device.uuids.current & !1 != UUID_JUST_CREATED || !device.writable() => {
-                Err(refusal(151, "The peer's disk holds data", Vec::new(), ""))
-            }
-            Kind::Promote
-            | Kind::Detach
-            | Kind::ResizeAsk
-            | Kind::ResizeCommit
-            | Kind::Outdate
-            | Kind::StartFullSyncAsTarget
-            | Kind::StartFullSyncAsSource
-            | Kind::StartSyncAsTarget
-            | Kind::StartSyncAsSource
-            | Kind::StartVerify
-            | Kind::SkipInitialSync => Ok(()),
-        }
-    }
-
-    pub(super) fn on_state_reply(&mut self, reply: &v1::StateReply) {
-        if self.on_resize_reply(reply) {
-            return;
-        }
-        let refused = (reply.result < 1).then(|| {
-            let mut facts = vec![format!("{} says: {}", self.cfg.peer_name, reply.text)];
-            facts.extend(self.devices.iter().map(|device| {
-                format!(
-                    "volume {}: here {}, disk {}, replication {}; the peer is {}, its disk {}",
-                    device.nr.0, self.role, device.disk, device.repl, self.peer_role, device.peer_disk
-                )
-            }));
-            let advice = format!("drbdadm status {} on both nodes", self.cfg.name);
-            refusal(reply.result, "State change was refused by peer node", facts, &advice)
-        });
-        if let Some(change) = &mut self.role_change
-            && change.step == RoleStep::AskPeer(reply.id)
-        {
-            let (to, force) = (change.reply, change.force);
-            self.role_change = None;
-            // While the peer was asked, the good copy may have gone.
-            match refused.map_or_else(|| self.check_promote(force), Err) {
-                Err(refused) => self.reply(to, Err(refused)),
-                Ok(()) => {
-                    self.role_change =
-                        Some(RoleChange { reply: to, force, step: RoleStep::Promote, left: 0 });
-                    self.promote_write();
-                }
-            }
-            return;
-        }
-        let Some(at) = self.asked.iter().position(|asked| asked.id == reply.id) else {
-            return self.protocol_error("an answer to a question nobody asked");
-        };
-        let asked = self.asked.remove(at);
-        let repair = asked.reply == Reply::Nobody;
-        if let Some(refused) = refused {
-            if repair {
-                self.repair_refused(asked.volume);
-            }
-            return self.reply(asked.reply, Err(refused));
-        }
-        if asked.kind == Kind::Outdate {
-            return self.leave(asked.reply, false);
-        }
-        let device = &self.devices[asked.volume];
-        let fits = match asked.kind {
-            // An application on this node is served by the peer meanwhile.
-            Kind::StartSyncAsTarget if repair => true,
-            Kind::StartFullSyncAsTarget | Kind::StartSyncAsTarget => {
-                self.role != Role::Primary && self.role_change.is_none()
-            }
-            Kind::StartFullSyncAsSource | Kind::StartSyncAsSource => device.disk == DiskState::UpToDate,
-            Kind::StartVerify => device.verify_wanted.is_some(),
-            Kind::SkipInitialSync => device.uuids.current & !1 == UUID_JUST_CREATED,
-            Kind::Promote | Kind::Detach | Kind::ResizeAsk | Kind::ResizeCommit | Kind::Outdate => true,
-        };
-        let ready = device.writable()
-            && device.repl == ReplState::Established
-            && device.resync.is_none()
-            && device.procedure.is_none();
-        if !fits || !ready {
-            // The peer has begun already: a new handshake brings both to the same state.
-            let facts = vec!["this node changed while the peer was asked".to_owned()];
-            self.reply(
-                asked.reply,
-                Err(refusal(-18, "In transient state, retry after next state change", facts, "try again")),
-            );
-            return self
-                .drop_session(ConnState::NetworkFailure, "the peer agreed to a change that no longer fits");
-        }
-        match asked.kind {
-            Kind::StartFullSyncAsTarget => self.begin_resync(asked.volume, false, true, DiskState::UpToDate),
-            Kind::StartSyncAsTarget => {
-                self.repair_begins(asked.volume);
-                self.begin_resync(asked.volume, false, false, DiskState::UpToDate);
-                self.gate_degradation(asked.volume);
-            }
-            Kind::StartSyncAsSource => {
-                self.begin_resync(asked.volume, true, false, DiskState::Inconsistent);
-            }
-            Kind::StartVerify => {
-                if let Some((start, stop)) = self.take_verify_wanted(asked.volume) {
-                    self.begin_verify(asked.volume, true, start, stop);
-                }
-            }
-            Kind::StartFullSyncAsSource => {
-                self.begin_resync(asked.volume, true, true, DiskState::Inconsistent);
-            }
-            Kind::SkipInitialSync => self.skip_initial_sync(asked.volume, asked.uuid),
-            Kind::Promote | Kind::Detach | Kind::ResizeAsk | Kind::ResizeCommit | Kind::Outdate => {}
-        }
-        match asked.kind {
-            // FULL_SYNC is recorded then: a stop does not lose what was ordered.
-            Kind::StartFullSyncAsTarget | Kind::StartFullSyncAsSource => {
-                self.reply_when_durable(asked.reply, asked.volume);
-            }
-            _ => self.reply(asked.reply, Ok(())),
-        }
-    }
-
-    /// Both nodes declare their fresh disks equal (SEM §27).
-    fn skip_initial_sync(&mut self, volume: usize, uuid: u64) {
-        let device = &mut self.devices[volume];
-        device.uuids.current = uuid & !1;
-        device.uuids.bitmap = 0;
-        device.bitmap.clear_all();
-        self.peer_got_our_generation(volume);
-        self.set_disk(volume, DiskState::UpToDate);
-        self.set_peer_disk_fact(volume, DiskState::UpToDate);
-        self.md_touch(volume);
-        self.write_bitmap(volume, BitmapThen::Nothing);
-        self.send_state();
-    }
-
     /// What verbs about roles, and those that need the peer's consent, wait for.
     pub(super) fn role_waits(&self) -> Vec<String> {
-        let peer = &self.cfg.peer_name;
-        let mut waits = Vec::new();
-        if let Some(change) = &self.role_change {
-            waits.push(match change.step {
-                RoleStep::Receive => {
-                    "writes of the lost connection to reach the disk before this node becomes Primary".into()
-                }
-                RoleStep::Probe => format!("{peer}, which is Primary, to show that it is alive"),
-                RoleStep::AskPeer(_) => format!("{peer} to agree that this node becomes Primary"),
-                RoleStep::Fence(_) => {
-                    format!("the handler fence-peer to say that {peer} cannot be Primary")
-                }
-                RoleStep::Promote => "the superblock to say Primary".into(),
-                RoleStep::Drain => format!("writes in flight and {peer} before this node becomes Secondary"),
-                RoleStep::Settle => "data and bitmap to be stable before this node becomes Secondary".into(),
-                RoleStep::Demote => "the superblock to say Secondary".into(),
-            });
-        }
-        for asked in self.asked.iter().filter(|asked| asked.reply != Reply::Nobody) {
-            let nr = self.devices[asked.volume].nr.0;
-            let what = match asked.kind {
-                Kind::StartFullSyncAsTarget | Kind::StartSyncAsTarget => "a resync to here",
-                Kind::StartFullSyncAsSource | Kind::StartSyncAsSource => "a resync from here",
-                Kind::SkipInitialSync => "skipping the initial resync",
-                Kind::StartVerify => "a verify",
-                Kind::Outdate => "being outdated",
-                Kind::Promote | Kind::Detach | Kind::ResizeAsk | Kind::ResizeCommit => "a change",
-            };
-            waits.push(format!("volume {nr}: {peer} to agree to {what}"));
-        }
+        let mut waits = Vec::from_iter(self.role_change_waits());
+        waits.extend(self.asked_waits());
         for device in &self.devices {
             let replies = device
                 .md_waiters
@@ -792,18 +528,26 @@ impl Resource {
         waits
     }
 
-    /// The connection ended while the peer was asked.
+    fn role_change_waits(&self) -> Option<String> {
+        let peer = &self.cfg.peer_name;
+        self.role_change.as_ref().map(|change| match change.step {
+            RoleStep::Receive => {
+                "writes of the lost connection to reach the disk before this node becomes Primary".into()
+            }
+            RoleStep::Probe => format!("{peer}, which is Primary, to show that it is alive"),
+            RoleStep::AskPeer(_) => format!("{peer} to agree that this node becomes Primary"),
+            RoleStep::Fence(_) => {
+                format!("the handler fence-peer to say that {peer} cannot be Primary")
+            }
+            RoleStep::Promote => "the superblock to say Primary".into(),
+            RoleStep::Drain => format!("writes in flight and {peer} before this node becomes Secondary"),
+            RoleStep::Settle => "data and bitmap to be stable before this node becomes Secondary".into(),
+            RoleStep::Demote => "the superblock to say Secondary".into(),
+        })
+    }
+
+    /// The connection ended while the peer was asked about a promotion, or whether it is alive.
     pub(super) fn role_session_lost(&mut self) {
-        for asked in std::mem::take(&mut self.asked) {
-            let facts = vec!["the connection was lost before the peer answered".to_owned()];
-            let refused = refusal(
-                -15,
-                "Need a connection to start verify or resync",
-                facts,
-                &format!("drbdadm status {}", self.cfg.name),
-            );
-            self.reply(asked.reply, Err(refused));
-        }
         if self
             .role_change
             .as_ref()
@@ -814,13 +558,4 @@ impl Resource {
             self.promote(change.reply, change.force);
         }
     }
-}
-
-/// A refusal as one line for the other node.
-fn words_for_peer(refused: &Refusal) -> String {
-    let mut words = refused.text.clone();
-    if !refused.facts.is_empty() {
-        words.push_str(&format!(" ({})", refused.facts.join("; ")));
-    }
-    words
 }

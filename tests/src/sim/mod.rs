@@ -12,6 +12,7 @@
 //! | `blocks.rs` | sets of blocks: what has changed since it was last looked at |
 //! | `history/` | what each node may hold, from what the application was told |
 //! | `oracle.rs` | what must be true, and when it is looked at |
+//! | `marks.rs` | where the copies differ, and whether it is marked |
 //! | `plan.rs`, `run.rs` | random runs: options and actions from the seed, the two phases |
 //! | `mixed.rs`, `extra.rs` | rarer features laid over a plan, and how they are carried out |
 //! | `orders.rs` | a test picks what happens next |
@@ -26,6 +27,7 @@ mod device_io;
 pub mod disk;
 mod extra;
 pub mod history;
+mod marks;
 pub mod meta_area;
 pub mod minimise;
 pub mod mixed;

@@ -249,12 +249,10 @@ impl World {
             }
             *left -= 1;
         }
-        if let Message::ProtocolUpdate(update) = &*message {
-            self.protocols[to] = match update.protocol {
-                1 => Protocol::A,
-                2 => Protocol::B,
-                _ => Protocol::C,
-            };
+        if let Message::ProtocolUpdate(update) = &*message
+            && let Some(protocol) = Protocol::from_number(update.protocol)
+        {
+            self.protocols[to] = protocol;
         }
         if let Some(mut tamper) = self.net.tamper.take()
             && !tamper(to, &mut message, &mut payload)
