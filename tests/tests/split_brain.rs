@@ -5,7 +5,7 @@ use lockstep_replicator::core::config::{AfterSb0Pri, AfterSb1Pri, AfterSb2Pri, N
 use lockstep_replicator::core::event::{AdminCommand, Event, HandlerName, Input, RequestOp};
 use lockstep_replicator::core::explain::Decision;
 use lockstep_replicator::core::policy::{Obstacle, Outcome, Reason};
-use lockstep_replicator::core::state::{ConnState, DiskState, Role};
+use lockstep_replicator::core::state::{ConnState, DiskState, ReplState, Role};
 use lockstep_tests::sim::node::VOLUME;
 use lockstep_tests::sim::{Options, World};
 
@@ -478,4 +478,25 @@ fn newer_data_is_rolled_back_when_a_person_says_so() {
     assert_eq!(answer(&mut world, 1, "connect", CONNECT), Ok(()));
     resolved_for(&mut world, 1, &before);
     assert_eq!(last(&world, 0).decided.reasons, [Reason::RolledBack]);
+}
+
+/// The loser stays Primary (`violently-as0p`), and its disk is slow: what its application wrote before the nodes met
+/// lands in the middle of the resync. A digest made before that says nothing of it.
+#[test]
+fn a_digest_made_before_an_own_write_landed_clears_nothing() {
+    let net = NetConfig {
+        allow_two_primaries: true,
+        after_sb_0pri: AfterSb0Pri::DiscardYoungerPrimary,
+        after_sb_2pri: AfterSb2Pri::ViolentlyAs0p,
+        csums_alg: Some("sha1".into()),
+        ..NetConfig::default()
+    };
+    let mut world = diverged(&net, 3, 5);
+    let before = disks(&world);
+    world.nodes[1].disks[0].faults.stick = Some(4_000_000_000);
+    world.request(1, RequestOp::Write, 2000, 8, false);
+    world.heal();
+    ok(&mut world, 3500, |w| w.state(1).is_some_and(|s| s.3 == ReplState::SyncTarget));
+    assert_eq!(disks(&world)[1][2000], before[1][2000], "landed too early for this test");
+    resolved_for(&mut world, 0, &before);
 }

@@ -39,6 +39,9 @@ pub struct Oracle {
     pub(super) differing: Vec<Blocks>,
     /// By volume: what could not be read since a resync ended, and may be copied by the next one.
     unread: Vec<Vec<BlockRange>>,
+    /// By volume: how many of these the resync that runs covers. What cannot be read after its bitmap was sent waits
+    /// for the next.
+    covered: Vec<usize>,
     /// By volume: blocks that could not be read for themselves, or written. A verify may say that they differ.
     unverifiable: Vec<Blocks>,
     /// A full resync may come.
@@ -99,6 +102,7 @@ impl Oracle {
             touched: sizes.iter().map(|size| Blocks::all(*size)).collect(),
             differing: sizes.iter().map(|size| Blocks::none(*size)).collect(),
             unread: vec![Vec::new(); sizes.len()],
+            covered: vec![0; sizes.len()],
             unverifiable: sizes.iter().map(|size| Blocks::none(*size)).collect(),
             full_allowed: true,
             voided: [false; 2],
@@ -441,6 +445,10 @@ impl World {
             Event::PeerDisk(_, _, new) if *new < DiskState::Inconsistent => {
                 self.oracle.went_on[node] |= self.is_primary(node) || self.is_primary(1 - node);
             }
+            Event::Repl(volume, _, ReplState::WFBitMapT) => {
+                let volume = usize::from(volume.0);
+                self.oracle.covered[volume] = self.oracle.unread[volume].len();
+            }
             Event::Repl(volume, old, ReplState::SyncTarget) if *old != ReplState::PausedSyncT => {
                 self.resync_begins(node, usize::from(volume.0));
             }
@@ -601,7 +609,8 @@ impl World {
             // The source may have lost the connection before the target was done, and have gone on since.
             self.oracle.went_on[1 - node] &= !self.oracle.connected[1 - node];
         }
-        self.oracle.unread[volume].clear();
+        let covered = std::mem::take(&mut self.oracle.covered[volume]);
+        self.oracle.unread[volume].drain(..covered);
         self.oracle.unverifiable[volume].0.fill(0);
         let good = |volume| self.states(node, volume).is_some_and(|s| s.disk == DiskState::UpToDate);
         if (0..self.volumes()).all(good) {

@@ -132,7 +132,10 @@ impl Resource {
             let Some(range) = BlockRange::new(Sector(first), SectorCount(last.saturating_sub(first))) else {
                 continue;
             };
-            let compared = resync.csums;
+            // What an own write has on its way to the disk is not in a digest, and lands behind it: such a write may be of
+            // a session in which this node was Primary. The source's data then, which wait for that write.
+            let landing = device.locks.wanted_by_request(range);
+            let compared = resync.csums && !landing;
             resync.pace.asked(range.len().0);
             self.next_seq = self.next_seq.wrapping_add(1);
             let key = device.rs_writes.insert(RsWrite {
