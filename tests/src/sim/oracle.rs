@@ -441,6 +441,9 @@ impl World {
             }
             Event::Conn(old, new) if *old >= ConnState::Connected && *new < ConnState::Connected => {
                 self.oracle.went_on[node] |= self.is_primary(node);
+                if self.is_primary(node) {
+                    self.history.new_reign(node, self.now);
+                }
             }
             Event::PeerDisk(_, _, new) if *new < DiskState::Inconsistent => {
                 self.oracle.went_on[node] |= self.is_primary(node) || self.is_primary(1 - node);
@@ -495,7 +498,11 @@ impl World {
 
     /// A node became Primary.
     fn reign(&mut self, node: usize) {
-        self.history.new_reign(node, self.now);
+        // What a dead Primary sent may still land from the wire of a connection that counts as up (`Event::Conn`).
+        let may_land = self.oracle.connected[node] && !self.oracle.connected[1 - node];
+        if !may_land {
+            self.history.new_reign(node, self.now);
+        }
         for volume in 0..self.volumes() {
             let Some(states) = self.states(node, volume) else { continue };
             let with_peer = self.oracle.connected[node]
