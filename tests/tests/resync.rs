@@ -446,3 +446,26 @@ fn truck_based_seeding_copies_only_later_changes() {
     quiet(&mut world);
     assert_eq!(world.nodes[1].disks[0].written_sectors - before, 80);
 }
+
+/// What an own write is about to replace cannot be copied: it is not asked for again and again, and what stands
+/// around it is copied meanwhile.
+#[test]
+fn blocks_under_an_own_write_are_passed_over_until_it_is_done() {
+    let mut world = pair(31);
+    assert_eq!(verb(&mut world, 0, "secondary", AdminCommand::Secondary), Ok(()));
+    assert_eq!(verb(&mut world, 1, "pause-sync", AdminCommand::PauseSync(VOLUME)), Ok(()));
+    assert_eq!(verb(&mut world, 1, "invalidate", AdminCommand::Invalidate(VOLUME)), Ok(()));
+    assert_eq!(verb(&mut world, 1, "primary", AdminCommand::Primary { force: false }), Ok(()));
+    ok(&mut world, 1000, |w| repl(w, 1) == Some(ReplState::PausedSyncT));
+    let received = |w: &World| w.status(1).unwrap().connection.peer_volumes[0].received_kib;
+    let before = received(&world);
+    world.nodes[1].disks[0].faults.stick = Some(3_000_000_000);
+    world.request(1, RequestOp::Write, 1000, 8, false);
+    world.run(100);
+    assert_eq!(verb(&mut world, 1, "resume-sync", AdminCommand::ResumeSync(VOLUME)), Ok(()));
+    world.run(2000);
+    assert_eq!(progress(&world, 1).unwrap().bits_left, 1, "only the block of the write that is stuck");
+    let copied = received(&world) - before;
+    assert!(copied <= world.options.sectors / 2, "{copied} KiB of {}", world.options.sectors / 2);
+    quiet(&mut world);
+}

@@ -132,6 +132,15 @@ impl IntervalLocks {
         self.holding_or_waiting(range).any(|claim| matches!(claim.owner, LockOwner::Request(_)))
     }
 
+    /// The first range within `range`, by its start, that a write of the local application holds or wants.
+    #[must_use]
+    pub fn first_request(&self, range: BlockRange) -> Option<BlockRange> {
+        self.holding_or_waiting(range)
+            .filter(|claim| matches!(claim.owner, LockOwner::Request(_)))
+            .map(|claim| claim.range)
+            .min_by_key(|claimed| claimed.start())
+    }
+
     /// Lets a held range go; appends the owners that hold theirs now.
     ///
     /// # Panics

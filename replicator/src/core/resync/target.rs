@@ -88,6 +88,7 @@ impl Resource {
         let forgets = self.planted(Fault::FailedBlocksForgotten);
         let one_pass = self.planted(Fault::CursorDoesNotWrap);
         let clears = self.planted(Fault::ClearedOnRequest);
+        let mut passed_over = false;
         loop {
             let device = &mut self.devices[volume];
             let Some(resync) = &mut device.resync else { return };
@@ -108,7 +109,8 @@ impl Resource {
                 if device.bitmap.count() <= resync.bits_failed {
                     return self.target_finish(volume);
                 }
-                if one_pass {
+                // What own writes hold is looked at when they are done, at the latest at the next tick.
+                if one_pass || passed_over {
                     return;
                 }
                 // Blocks were marked behind the cursor: another pass (S09).
@@ -125,17 +127,26 @@ impl Resource {
             let chunk = 1 << (most / SECTORS_PER_BIT).max(1).ilog2();
             let chunk = if resync.fine.contains(&bit) { 1 } else { chunk };
             let limit = ((bit / chunk + 1) * chunk).min(bit + most / SECTORS_PER_BIT);
-            let end = device.bitmap.run_end(bit, limit.max(bit + 1));
+            let mut end = device.bitmap.run_end(bit, limit.max(bit + 1));
             let first = bit * SECTORS_PER_BIT;
-            let last = (end * SECTORS_PER_BIT).min(device.size.0);
-            resync.cursor = end;
-            let Some(range) = BlockRange::new(Sector(first), SectorCount(last.saturating_sub(first))) else {
-                continue;
+            let whole = |end: u64| {
+                let last = (end * SECTORS_PER_BIT).min(device.size.0);
+                BlockRange::new(Sector(first), SectorCount(last.saturating_sub(first)))
             };
-            // What an own write has on its way to the disk is not in a digest, and lands behind it: such a write may be of
-            // a session in which this node was Primary. The source's data then, which wait for that write.
-            let landing = device.locks.wanted_by_request(range);
-            let compared = resync.csums && !landing;
+            // Where an own write is on its way, a reply would be dropped (`reply_gives_way`), and a digest made now says
+            // nothing of what that write leaves: it may be one of an earlier session, which the source never gets.
+            if let Some(write) = whole(end).and_then(|range| device.locks.first_request(range)) {
+                let blocks = write.bits_touched();
+                if blocks.start <= bit {
+                    resync.cursor = blocks.end;
+                    passed_over = true;
+                    continue;
+                }
+                end = blocks.start;
+            }
+            resync.cursor = end;
+            let Some(range) = whole(end) else { continue };
+            let compared = resync.csums;
             resync.pace.asked(range.len().0);
             self.next_seq = self.next_seq.wrapping_add(1);
             let key = device.rs_writes.insert(RsWrite {
