@@ -36,6 +36,11 @@ fn write(world: &mut World, node: usize, start: u64, len: u64) {
 /// Both nodes went on for themselves, node 0 first: it changed `mine` blocks at the front, node 1
 /// `theirs` blocks a little further, one of them the same. Both are Primary and cannot see each other.
 fn diverged(net: &NetConfig, mine: u64, theirs: u64) -> World {
+    diverged_after(net, mine, theirs, |_| {})
+}
+
+/// The same with something that happened to the pair before.
+fn diverged_after(net: &NetConfig, mine: u64, theirs: u64, before: impl FnOnce(&mut World)) -> World {
     let options =
         Options { net: NetConfig { connect_int_ms: 1000, ko_count: 0, ..net.clone() }, ..Options::new(7) };
     let mut world = World::new(options);
@@ -43,6 +48,8 @@ fn diverged(net: &NetConfig, mine: u64, theirs: u64) -> World {
     world.start(1);
     ok(&mut world, 1000, |w| w.state(0).is_some_and(|s| s.2 == ConnState::Connected));
     assert_eq!(answer(&mut world, 0, "primary-force", AdminCommand::Primary { force: true }), Ok(()));
+    ok(&mut world, 10_000, |w| w.in_sync() && w.idle());
+    before(&mut world);
     ok(&mut world, 10_000, |w| w.in_sync() && w.idle());
     // What both know of the application stays theirs alone from here on.
     world.check_data = false;
@@ -238,6 +245,26 @@ fn least_changes_cut(mine: u64, theirs: u64, to: usize, after: u64) -> (World, [
 }
 
 /// The bitmaps are united before a resync begins; if it never does, that changes nobody's share.
+/// The peer began a generation for a Primary without a disk, and gave it back as the source of a resync. Who was
+/// Primary when the link went is written in both disks all the same.
+#[test]
+fn who_was_primary_first_is_known_after_its_disk_was_away() {
+    for (policy, winner) in [(AfterSb0Pri::DiscardYoungerPrimary, 0), (AfterSb0Pri::DiscardOlderPrimary, 1)] {
+        let net = NetConfig { after_sb_0pri: policy, ..NetConfig::default() };
+        let mut world = diverged_after(&net, 3, 5, |world| {
+            let away = AdminCommand::Detach { volume: VOLUME, force: false };
+            assert_eq!(answer(world, 0, "detach", away), Ok(()));
+            write(world, 0, 80, 8);
+            world.attach(0);
+        });
+        secondary(&mut world, 0);
+        secondary(&mut world, 1);
+        let before = disks(&world);
+        world.heal();
+        resolved_for(&mut world, winner, &before);
+    }
+}
+
 #[test]
 fn a_split_brain_that_is_found_twice_has_the_same_loser() {
     for (mine, theirs, winner) in [(5, 3, 0), (3, 5, 1)] {

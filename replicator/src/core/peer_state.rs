@@ -82,7 +82,8 @@ impl Resource {
         let device = &self.devices[volume];
         let serves = for_peer && device.peer_disk == DiskState::Attaching;
         if (alone || serves) && device.uuids.bitmap == 0 && device.disk == DiskState::UpToDate {
-            self.bump_uuid(volume, true);
+            // Bit 0 is of this node's role: it may become the base by which "who was Primary first" is judged.
+            self.bump_uuid(volume, self.md_primary);
         } else if gone && for_peer && device.disk == DiskState::UpToDate {
             // It holds answers back until it hears that this copy counts alone.
             self.md_then(volume, SuperblockThen::TellPeer);

@@ -8,6 +8,7 @@ use crate::core::metadata::{BitmapThen, SuperblockThen};
 use crate::core::repair::FailedIo;
 use crate::core::request::range_of;
 use crate::core::state::{DiskState, ReplState};
+use crate::core::uuid::masked;
 use crate::core::{IoContext, Resource};
 use crate::units::{BlockRange, SECTORS_PER_BIT, Sector, SectorCount};
 use lockstep_proto::{Message, limits, v1};
@@ -516,7 +517,7 @@ impl Resource {
             Some(Resync { source: false, finishing: true, sync_uuid: Some(start), .. }) => *start,
             _ => return,
         };
-        let anyway = self.planted(Fault::TargetEndsEarly);
+        let (anyway, primary) = (self.planted(Fault::TargetEndsEarly), self.md_primary);
         let device = &mut self.devices[volume];
         if device.bitmap.count() != 0 && !anyway {
             // A block was marked meanwhile: not done after all.
@@ -526,7 +527,7 @@ impl Resource {
             }
             return self.resync_target_go_on(volume);
         }
-        device.uuids.current = start.uuid_current & !1;
+        device.uuids.current = masked(start.uuid_current) | u64::from(primary);
         device.uuids.bitmap = 0;
         device.uuids.history = [start.sync_uuid, start.uuid_history_0];
         device.crashed_primary = false;
