@@ -1,11 +1,15 @@
 //! A peer that does not keep up (SEM §24): Ahead and Behind, the way back, and what may go wrong on it.
+use lockstep_proto::Message;
 use lockstep_replicator::core::config::{NetConfig, OnCongestion, Protocol};
 use lockstep_replicator::core::event::{AdminCommand, Event, RequestOp};
 use lockstep_replicator::core::state::{ConnState, DiskState, ReplState};
 use lockstep_tests::sim::script::{
-    fail_writes, load, open, pair_with, pass, quiet, slow, status, superblock, verb, waits_for, within,
+    detach, fail_writes, load, open, pair_with, pass, quiet, slow, status, superblock, verb, waits_for,
+    within,
 };
 use lockstep_tests::sim::{Options, World};
+use std::cell::Cell;
+use std::rc::Rc;
 
 fn narrow(seed: u64) -> Options {
     let mut options = Options::new(seed);
@@ -267,4 +271,37 @@ fn a_node_that_is_ahead_loses_its_disk() {
     fail_writes(&mut world, 0, 0);
     world.attach(0);
     quiet(&mut world);
+}
+
+/// A Primary that got its disk back is in sync before its source has heard of it, and pulls ahead in that moment.
+#[test]
+fn a_source_that_has_not_finished_hears_that_it_is_behind() {
+    for seed in 0..10 {
+        let mut world = pair_with(narrow(500 + seed));
+        detach(&mut world, 0);
+        load(&mut world, 0, 20);
+        within(&mut world, 2000, |w| open(w, 0) == 0);
+        world.attach(0);
+        within(&mut world, 2000, |w| repl(w, 0) == Some(ReplState::SyncTarget));
+        within(&mut world, 2000, |w| repl(w, 0) == Some(ReplState::Established));
+        assert_eq!(repl(&world, 1), Some(ReplState::SyncSource), "seed {seed}");
+        // The source makes its empty bitmap durable.
+        world.nodes[1].disks[0].faults.stick = Some(200_000_000);
+        load(&mut world, 0, 100);
+        let told = Rc::new(Cell::new(false));
+        let hears = Rc::clone(&told);
+        world.net.tamper = Some(Box::new(move |to, message, _| {
+            let ahead = matches!(message, Message::State(state) if state.volumes[0].ahead);
+            hears.set(hears.get() || to == 1 && ahead);
+            false
+        }));
+        within(&mut world, 1000, |_| told.get());
+        // It is done with that before the first note comes.
+        while repl(&world, 1) == Some(ReplState::SyncSource) {
+            let disk = world.choices().into_iter().find(|choice| choice.node == 1 && !choice.message);
+            world.choose(disk.expect("its disk answers"));
+        }
+        within(&mut world, 20_000, World::in_sync);
+        quiet(&mut world);
+    }
 }

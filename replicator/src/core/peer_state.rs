@@ -38,6 +38,14 @@ impl Resource {
             self.on_peer_pause(volume, entry.sync_paused);
             // During a resync the end is told by ResyncFinished, not by a state alone.
             let resyncing = self.devices[volume].resync.is_some();
+            if resyncing && entry.ahead {
+                // A target that is in sync already, before this source has made that durable. Passed over, the
+                // news would be lost, and this copy would count as good while it is only sent notes.
+                return self.drop_session(
+                    ConnState::NetworkFailure,
+                    "the peer pulled ahead before the end of the resync was heard; starting over",
+                );
+            }
             if resyncing && disk > DiskState::Inconsistent {
                 continue;
             }

@@ -6,6 +6,8 @@ use super::world::{Ev, US, World};
 pub struct Choice {
     /// Where it happens.
     pub node: usize,
+    /// A message arrives there; else its disk answers, or it learns of a loss.
+    pub message: bool,
     seq: u64,
 }
 
@@ -35,7 +37,8 @@ impl World {
                 Ev::Lost { to, .. } => *to,
                 _ => continue,
             };
-            choices.push(Choice { node, seq: due.seq });
+            let message = matches!(due.ev, Ev::Deliver { .. });
+            choices.push(Choice { node, message, seq: due.seq });
         }
         choices
     }
