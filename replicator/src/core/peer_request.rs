@@ -469,7 +469,8 @@ impl Resource {
                     self.rx.barrier = Some(epoch);
                     self.try_end_epoch();
                 }
-                None => return,
+                // A barrier may have been the last of a lost session.
+                None => return self.forget_orphaned_epochs(),
             }
         }
     }

@@ -160,6 +160,9 @@ impl Resource {
                 format!("a connection to {peer}")
             });
         }
+        if self.rx.is_orphaned() && self.session.is_some() {
+            waits.push(format!("writes of the lost connection to reach the disk, before {peer} hears of it"));
+        }
         let for_peer = self.requests.iter().filter(|(_, request)| request.waits_for_peer()).count();
         if for_peer > 0 {
             waits.push(format!("{for_peer} write(s) to be acknowledged by {peer}"));

@@ -282,7 +282,10 @@ impl Resource {
         self.peer_got_our_generation(volume);
         self.devices[volume].crashed_primary = false;
         self.md_touch(volume);
-        self.set_peer_disk_fact(volume, DiskState::UpToDate);
+        // The target said that it is good before it said that it is done; what it says since counts.
+        let failed_since = self.devices[volume].peer_said == DiskState::Inconsistent;
+        let peer_is = if failed_since { DiskState::Inconsistent } else { DiskState::UpToDate };
+        self.set_peer_disk_fact(volume, peer_is);
         self.end_resync(volume);
     }
 }
