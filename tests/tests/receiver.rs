@@ -103,3 +103,30 @@ fn a_target_that_fails_once_more_while_its_source_finishes_is_not_taken_for_good
     }
     assert!(failed_again >= 5, "{failed_again} of 10");
 }
+
+/// A disk is given up between the peer's being told of it and its answer: the answer finds no disk.
+#[test]
+fn a_disk_that_is_given_up_before_the_peer_answers_its_attach() {
+    let mut met = 0;
+    for seed in 0..20 {
+        let mut world = pair(400 + seed, Protocol::C);
+        detach(&mut world, 1);
+        world.request(0, RequestOp::Write, 800, 8, false);
+        within(&mut world, 2000, |w| open(w, 0) == 0);
+        world.options.weather.net_us[1] = 20_000;
+        world.options.weather.disk_us = 100_000;
+        world.attach(1);
+        within(&mut world, 5000, |w| disk(w, 1) == DiskState::Negotiating);
+        world.admin(1, "detach-force", AdminCommand::Detach { volume: VOLUME, force: true });
+        pass(&mut world, 1);
+        met += usize::from(disk(&world, 1) == DiskState::Failed);
+        world.request(0, RequestOp::Write, 1600, 8, false);
+        within(&mut world, 2000, |w| disk(w, 1) == DiskState::Diskless && open(w, 0) == 0);
+        world.options.weather.disk_us = 400;
+        world.options.weather.net_us[1] = 300;
+        within(&mut world, 5000, connected);
+        world.attach(1);
+        quiet(&mut world);
+    }
+    assert!(met >= 10, "its superblock was being written in {met} of 20");
+}

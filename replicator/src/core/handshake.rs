@@ -254,10 +254,15 @@ impl Resource {
                 self.decide_volume(volume);
             }
             Phase::AttachReply => {
-                if !std::mem::replace(&mut self.devices[volume].negotiating, false) {
-                    return self.protocol_error("an answer to an attach that nobody asked");
+                let device = &mut self.devices[volume];
+                let asked = std::mem::replace(&mut device.negotiating, false);
+                if device.has_metadata() {
+                    if !asked {
+                        return self.protocol_error("an answer to an attach that nobody asked");
+                    }
+                    self.decide_volume(volume);
                 }
-                self.decide_volume(volume);
+                // Else the disk was given up meanwhile, and the peer is told that it is gone.
                 self.run_parked();
             }
         }
