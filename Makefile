@@ -44,5 +44,5 @@ vm-test:
 
 # Throughput against QEMU's own mirror.
 bench:
-	@.ci/install build! bench!
-	bench/run $(BENCH_ARGS)
+	@.ci/install build! bench! gluster
+	bench/native $(BENCH_ARGS)

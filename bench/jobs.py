@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from procs import BenchError, MachineCpu, cpu_seconds
 
+KIB = 1 << 10
+
 
 @dataclass(frozen=True)
 class Job:
@@ -16,42 +18,50 @@ class Job:
     pattern: str
     block: int
     depth: int
+    extra: tuple = ()
 
 
 JOBS = (
-    Job("write-4k-qd1", "4 KiB random write, depth 1", "randwrite", 4096, 1),
-    Job("write-4k-qd32", "4 KiB random write, depth 32", "randwrite", 4096, 32),
-    Job("write-256k-qd8", "256 KiB sequential write, depth 8", "write", 256 << 10, 8),
-    Job("read-4k-qd32", "4 KiB random read, depth 32", "randread", 4096, 32),
+    Job("write-4k-qd1", "4 KiB random write, depth 1", "randwrite", 4 * KIB, 1),
+    Job("write-4k-qd4", "4 KiB random write, depth 4", "randwrite", 4 * KIB, 4),
+    Job("write-4k-qd32", "4 KiB random write, depth 32", "randwrite", 4 * KIB, 32),
+    Job("write-4k-qd128", "4 KiB random write, depth 128", "randwrite", 4 * KIB, 128),
+    Job("flush-4k", "4 KiB random write, a flush after each, depth 1", "randwrite", 4 * KIB, 1, ("--fsync=1",)),
+    Job("write-256k-qd8", "256 KiB sequential write, depth 8", "write", 256 * KIB, 8),
+    Job("write-1m-qd8", "1 MiB sequential write, depth 8", "write", 1024 * KIB, 8),
+    Job("read-4k-qd32", "4 KiB random read, depth 32", "randread", 4 * KIB, 32),
+    Job("mixed-4k-qd32", "4 KiB random, 70 % read, depth 32", "randrw", 4 * KIB, 32, ("--rwmixread=70",)),
 )
+WARM_UP = next(job for job in JOBS if job.key == "write-4k-qd32")
+# Percentiles as fio names them, and as they are kept.
+PERCENTILES = {"50.000000": "p50_us", "99.000000": "p99_us", "99.900000": "p999_us"}
 
 
-def run_job(processes, job, peer, uri, seconds, size):
+def run_job(processes, job, peer, seconds):
     """Runs it; gives rates, latencies and the CPU time per I/O of the peer's processes."""
     output = os.path.join(processes.folder, "fio.json")
-    command = ["fio", f"--name={job.key}", "--ioengine=nbd", f"--uri={uri}", f"--rw={job.pattern}"]
-    command += [f"--bs={job.block}", f"--iodepth={job.depth}", f"--size={size}", "--norandommap", "--randrepeat=0"]
+    command = ["fio", f"--name={job.key}", *peer.target, f"--rw={job.pattern}", *job.extra]
+    command += [f"--bs={job.block}", f"--iodepth={job.depth}", f"--size={peer.size}", "--norandommap", "--randrepeat=0"]
     command += ["--time_based", f"--runtime={seconds}"]
-    # The engine prints to standard output, so the result needs a file of its own.
+    # Some engines print to standard output, so the result needs a file of its own.
     command += ["--output-format=json", f"--output={output}"]
     machine = MachineCpu()
     before = {role: cpu_seconds(pid) for role, pid in peer.pids.items()}
-    processes.run("fio", command, seconds + 30)
+    client = processes.run("fio", command, seconds + 30)
     spent = {role: cpu_seconds(pid) - before[role] for role, pid in peer.pids.items()}
     with open(output, encoding="utf-8") as file:
         result = json.load(file)["jobs"][0]
     os.unlink(output)
-    side = result["read" if "read" in job.pattern else "write"]
-    if result["error"] != 0 or side["total_ios"] == 0:
-        raise BenchError(f"fio had error {result['error']} after {side['total_ios']} I/Os on {peer.name}")
-    client = (result["usr_cpu"] + result["sys_cpu"]) / 100 * side["runtime"] / 1000
-    percentiles = side["clat_ns"].get("percentile", {})
-    per_io = 1e6 / side["total_ios"]
+    sides = [result[side] for side in ("read", "write") if result[side]["total_ios"]]
+    if result["error"] != 0 or not sides:
+        raise BenchError(f"fio had error {result['error']} after {sum(s['total_ios'] for s in sides)} I/Os on {peer.name}")
+    ios = sum(side["total_ios"] for side in sides)
+    # Of mixed reads and writes: what the writes see, the slower kind of a mirror.
+    percentiles = sides[-1]["clat_ns"].get("percentile", {})
     return {
-        "iops": side["iops"],
-        "bytes_per_second": side["bw_bytes"],
-        "latency_p50_us": percentiles.get("50.000000", 0) / 1000,
-        "latency_p99_us": percentiles.get("99.000000", 0) / 1000,
-        "cpu_us_per_io": {role: seconds * per_io for role, seconds in spent.items()} | {"fio": client * per_io},
+        "iops": sum(side["iops"] for side in sides),
+        "bytes_per_second": sum(side["bw_bytes"] for side in sides),
+        **{kept: percentiles.get(name, 0) / 1000 for name, kept in PERCENTILES.items()},
+        "cpu_us_per_io": {role: seconds * 1e6 / ios for role, seconds in spent.items()} | {"fio": client * 1e6 / ios},
         "others_cpu_share": machine.others(sum(spent.values()) + client),
     }

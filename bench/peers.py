@@ -1,12 +1,15 @@
-"""The peers of the comparison. Each gives an NBD export on a unix socket over files in RAM, and knows its processes.
+"""The peers of the comparison. Each serves a disk over files in RAM, and knows its processes.
 
-Replication goes over TCP on the loopback address for every peer that replicates, `QemuUnix` excepted.
+Replication goes over TCP within the machine for every peer that replicates, `QemuUnix` excepted. All but GlusterFS
+(`gluster.py`) serve NBD on a unix socket.
 """
 
 import json
 import os
 import socket
 import subprocess
+import time
+from dataclasses import dataclass
 
 from procs import BenchError, wait_for
 
@@ -21,15 +24,20 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def make_file(path, size):
-    """A file whose pages are all there, so that no peer pays for their allocation while it is measured."""
+def make_file(path, size, content="zero"):
+    """A file whose pages are all there, so that no peer pays for their allocation while it is measured. `content`: "zero"
+    or "random"."""
     with open(path, "wb") as file:
         os.posix_fallocate(file.fileno(), 0, size)
+        if content == "random":
+            noise = os.urandom(16 * CHUNK)
+            for at in range(0, size, len(noise)):
+                file.write(noise[: size - at])
     return path
 
 
-def require_equal(name, one, other, size):
-    """Both files hold the same in their first `size` bytes, and something was written there at all."""
+def require_equal(name, one, other, size, zeroes=False):
+    """Both files hold the same in their first `size` bytes: nothing but zeroes, or anything else."""
     written = False
     with open(one, "rb") as left, open(other, "rb") as right:
         for at in range(0, size, CHUNK):
@@ -37,8 +45,8 @@ def require_equal(name, one, other, size):
             if block != right.read(len(block)):
                 raise BenchError(f"{name}: the two disks differ in the MiB at {at}")
             written = written or block.strip(b"\0") != b""
-    if not written:
-        raise BenchError(f"{name}: nothing was written")
+    if written == zeroes:
+        raise BenchError(f"{name}: {'not all is zero' if zeroes else 'nothing was written'}")
 
 
 class Peer:
@@ -52,6 +60,10 @@ class Peer:
         self.folder = os.path.join(folder, self.name)
         self.size = size
         self.pids = {}
+        # What tells fio where the disk is. Known once it runs.
+        self.target = []
+        # What the disks hold at the start, the first and the second one.
+        self.contents = ("zero", "zero")
         os.mkdir(self.folder)
 
     def path(self, name):
@@ -80,17 +92,16 @@ class Peer:
         except BenchError as error:
             raise BenchError(f"{error}\n{self.processes.tail(f'{self.name}-{role}')}") from error
 
-    @staticmethod
-    def uri(export, path):
-        """The NBD URI of an export on a unix socket."""
-        return f"nbd+unix:///{export}?socket={path}"
+    def serves_nbd(self, export, path):
+        """The disk is an NBD export on a unix socket."""
+        self.target = ["--ioengine=nbd", f"--uri=nbd+unix:///{export}?socket={path}"]
 
     def start(self):
-        """Starts it; gives the URI to measure."""
+        """Starts it, to where `target` can be measured."""
         raise NotImplementedError
 
-    def verify(self):
-        """After the last job: the promise of a mirror held."""
+    def verify(self, zeroes=False):
+        """After the last job: the promise of a mirror held. `zeroes`: it was to hold nothing else."""
 
 
 class Nbdkit(Peer):
@@ -104,7 +115,7 @@ class Nbdkit(Peer):
         path = self.path("sock")
         command = ["nbdkit", "--foreground", "--unix", path, "file", disk]
         self.wait_socket("server", path, self.start_process("server", command))
-        return self.uri("", path)
+        self.serves_nbd("", path)
 
 
 class Qmp:
@@ -142,6 +153,8 @@ class Qemu(Peer):
     def __init__(self, processes, folder, size, aio):
         super().__init__(processes, folder, size)
         self.aio = aio
+        # How long the initial mirror took.
+        self.mirror_seconds = 0.0
         self.port = free_port()
 
     def link(self, option):
@@ -159,7 +172,7 @@ class Qemu(Peer):
 
     def disk(self, name):
         """The option of a raw file in RAM."""
-        make_file(self.path(name), self.size)
+        make_file(self.path(name), self.size, self.contents["ab".index(name)])
         # Linux-native AIO only works without the page cache; for the others the cache of a file in RAM is the file.
         direct = "on" if self.aio == "native" else "off"
         return f"driver=file,node-name=disk,filename={self.path(name)},aio={self.aio},cache.direct={direct}"
@@ -178,20 +191,22 @@ class Qemu(Peer):
         self.wait_socket("primary", path, self.start_process("primary", command))
 
         qmp = Qmp(monitor)
+        begin = time.monotonic()
         # The job puts its filter between the export and the disk, as it does under a running machine.
         qmp.call(
             "blockdev-mirror",
             **{"job-id": "mirror", "device": "disk", "target": "peer", "sync": "full", "copy-mode": "write-blocking"},
         )
-        wait_for("qemu's mirror to be ready", 60, lambda: qmp.call("query-jobs")[0]["status"] == "ready")
+        wait_for("qemu's mirror to be ready", 600, lambda: qmp.call("query-jobs")[0]["status"] == "ready")
+        self.mirror_seconds = time.monotonic() - begin
         self.qmp = qmp
-        return self.uri("disk", path)
+        self.serves_nbd("disk", path)
 
-    def verify(self):
+    def verify(self, zeroes=False):
         jobs = self.qmp.call("query-jobs")
         if [job["status"] for job in jobs] != ["ready"]:
             raise BenchError(f"qemu: the mirror is no longer ready: {jobs}")
-        require_equal(self.name, self.path("a"), self.path("b"), self.size)
+        require_equal(self.name, self.path("a"), self.path("b"), self.size, zeroes)
 
 
 class QemuUnix(Qemu):
@@ -212,33 +227,46 @@ class QemuUnix(Qemu):
 
 
 class Lockstep(Peer):
-    """Two lockstep daemons, protocol C."""
+    """Two lockstep daemons."""
 
-    name = "lockstep"
-    about = "two lockstep daemons, protocol C, NBD front end"
     resource = "bench"
     nodes = ("alice", "bob")
 
-    def __init__(self, processes, folder, size, program, statements, spin_us):
+    def __init__(self, processes, folder, size, program, variant, statements=()):
+        self.name = variant.name
+        self.about = variant.about
         super().__init__(processes, folder, size)
         self.program = program
+        self.variant = variant
         self.statements = statements
-        self.spin_us = spin_us
 
     def start(self):
+        self.start_nodes()
+        self.verb(self.nodes[0], "primary", "--force", self.resource)
+        wait_for("lockstep's disks to be UpToDate", 60, self.in_sync)
+        self.export()
+
+    def export(self):
+        """Waits for the NBD server of the node that is Primary."""
+        path = os.path.join(self.path(self.nodes[0]), f"{self.resource}.nbd.sock")
+        wait_for("lockstep's NBD export", 20, lambda: os.path.exists(path))
+        self.serves_nbd(self.resource, path)
+
+    def start_nodes(self):
+        """Both daemons with the resource up and connected, both Secondary."""
         # The metadata stands behind the data: 1 MiB is its log and superblock, the rest more than the bitmap needs.
         room = (4 << 20) + self.size // 16384
         hosts = ""
         for at, node in enumerate(self.nodes):
             os.mkdir(self.path(node))
-            disk = make_file(self.path(f"{node}.disk"), self.size + room)
+            disk = make_file(self.path(f"{node}.disk"), self.size + room, self.contents[at])
             hosts += f"    on {node} {{\n        device /dev/drbd{950 + at};\n        disk {disk};\n"
             hosts += f"        address {HOST}:{free_port()};\n        meta-disk internal;\n    }}\n"
         extra = "".join(f"    {line}\n" for line in self.statements)
         config = self.path("bench.conf")
         with open(config, "w", encoding="utf-8") as file:
-            file.write(f"resource {self.resource} {{\n    protocol C;\n    net {{ connect-int 1; }}\n")
-            file.write(f"    lockstep {{ front-end nbd; spin-us {self.spin_us}; }}\n{extra}{hosts}}}\n")
+            file.write(f"resource {self.resource} {{\n    protocol {self.variant.protocol};\n    net {{ connect-int 1; }}\n")
+            file.write(f"    lockstep {{ front-end nbd; spin-us {self.variant.spin_us}; }}\n{extra}{hosts}}}\n")
         for node in self.nodes:
             self.must("-c", config, "--node", node, "create-md", "--force", self.resource)
             command = [self.program, "daemon", "-c", config, "--node", node, "--run-dir", self.path(node), "--no-mlock"]
@@ -250,11 +278,11 @@ class Lockstep(Peer):
                 raise BenchError(f"{error}\n{self.processes.tail(f'{self.name}-{role}')}") from error
         for node in self.nodes:
             self.verb(node, "up", self.resource)
-        self.verb(self.nodes[0], "primary", "--force", self.resource)
-        wait_for("lockstep's disks to be UpToDate", 60, self.in_sync)
-        path = os.path.join(self.path(self.nodes[0]), f"{self.resource}.nbd.sock")
-        wait_for("lockstep's NBD export", 20, lambda: os.path.exists(path))
-        return self.uri(self.resource, path)
+        wait_for("lockstep's nodes to meet", 20, lambda: self.link()["connection-state"] == "Connected")
+
+    def link(self):
+        """What the primary says of its connection."""
+        return json.loads(self.verb(self.nodes[0], "status", "--json", self.resource))[0]["connections"][0]
 
     def command(self, *arguments):
         """Runs the command to its end."""
@@ -293,14 +321,30 @@ class Lockstep(Peer):
             for volume in links
         )
 
-    def verify(self):
+    def verify(self, zeroes=False):
         if not self.in_sync():
             raise BenchError("lockstep: no longer in sync after the last job")
-        require_equal(self.name, *(self.path(f"{node}.disk") for node in self.nodes), self.size)
+        require_equal(self.name, *(self.path(f"{node}.disk") for node in self.nodes), self.size, zeroes)
 
 
-class Baseline(Lockstep):
-    """Another build of lockstep, to see what a change does."""
+@dataclass(frozen=True)
+class Variant:
+    """How lockstep is configured, and under which name that is measured."""
 
-    name = "baseline"
-    about = "the lockstep given with --baseline"
+    name: str
+    about: str
+    protocol: str = "C"
+    spin_us: int = 0
+
+
+SPIN_US = 30
+VARIANTS = {
+    it.name: it
+    for it in (
+        Variant("lockstep", "two lockstep daemons, protocol C, NBD front end"),
+        Variant("lockstep-spin", f"the same, spin-us {SPIN_US}", spin_us=SPIN_US),
+        Variant("lockstep-b", "the same, protocol B", protocol="B"),
+        Variant("lockstep-a", "the same, protocol A", protocol="A"),
+        Variant("baseline", "the lockstep given with --baseline, protocol C"),
+    )
+}

@@ -1,4 +1,4 @@
-"""Medians, the table, the bar."""
+"""Medians, the tables, the bars."""
 
 import os
 import platform
@@ -7,8 +7,19 @@ import subprocess
 
 from jobs import JOBS
 
-# What lockstep has to reach, as a multiple of QEMU's mirror in the same run.
-BAR = {"write-4k-qd32": 4.0, "write-4k-qd1": 1.0}
+# What lockstep has to reach: job -> variant -> peer -> multiple of the peer's rate in the same round. `gluster` is the
+# faster of the two ways to reach it.
+BAR = {
+    "write-4k-qd1": {
+        "lockstep": {"nbdkit": 0.5, "qemu": 1.6, "gluster": 3.5},
+        "lockstep-spin": {"nbdkit": 0.75, "qemu": 2.5, "gluster": 5.0},
+    },
+    "write-4k-qd32": {"lockstep": {"nbdkit": 0.7, "qemu": 9.0, "gluster": 14.0}},
+    "write-256k-qd8": {"lockstep": {"nbdkit": 0.5, "qemu": 2.0, "gluster": 3.0}},
+    "read-4k-qd32": {"lockstep": {"nbdkit": 1.2, "qemu": 2.0}},
+    "resync-full": {"lockstep": {"qemu": 2.0}},
+}
+GLUSTER = ("gluster-fuse", "gluster-gfapi")
 # Above this share of the machine's CPU time in other hands, figures say more about the neighbours.
 NOISE_LIMIT = 0.05
 
@@ -49,20 +60,24 @@ def version(*command):
     return (done.stdout or done.stderr).strip().partition("\n")[0]
 
 
+def spread(values):
+    """The median and the two ends of some samples."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
 def summarise(samples):
     """Median, least and greatest of every figure, per job and peer. `samples`: job -> peer -> list of results."""
     summary = {}
     for job, peers in samples.items():
         summary[job] = {}
         for peer, results in peers.items():
-            figures = {}
-            for key in ("iops", "bytes_per_second", "latency_p50_us", "latency_p99_us"):
-                values = [result[key] for result in results]
-                figures[key] = {"median": statistics.median(values), "min": min(values), "max": max(values)}
-            roles = results[0]["cpu_us_per_io"]
-            figures["cpu_us_per_io"] = {
-                role: statistics.median(result["cpu_us_per_io"][role] for result in results) for role in roles
-            }
+            keys = [key for key, value in results[0].items() if isinstance(value, (int, float))]
+            figures = {key: spread([result[key] for result in results]) for key in keys}
+            if "cpu_us_per_io" in results[0]:
+                figures["cpu_us_per_io"] = {
+                    role: statistics.median(result["cpu_us_per_io"][role] for result in results)
+                    for role in results[0]["cpu_us_per_io"]
+                }
             summary[job][peer] = figures
     return summary
 
@@ -75,10 +90,10 @@ def rate(job, figures, which):
 
 
 def table(summary, peers):
-    """The summary as text. `peers` in the order of the columns' rows."""
+    """The summary of the fio jobs as text. `peers` in the order of the rows."""
     lines = []
-    head = ("", "median", "min..max", "p50/p99 us", "CPU us per I/O")
-    widths = (10, 10, 22, 14, 0)
+    head = ("", "median", "min..max", "p50/p99/p99.9 us", "CPU us per I/O")
+    widths = (14, 10, 20, 20, 0)
 
     def row(cells):
         lines.append("  " + "".join(str(cell).ljust(width) for cell, width in zip(cells, widths)).rstrip())
@@ -90,10 +105,26 @@ def table(summary, peers):
         row(head)
         for peer in peers:
             figures = summary[job.key][peer]
-            spread = f"{rate(job, figures, 'min')}..{rate(job, figures, 'max')}"
-            latency = f"{figures['latency_p50_us']['median']:.0f}/{figures['latency_p99_us']['median']:.0f}"
+            ends = f"{rate(job, figures, 'min')}..{rate(job, figures, 'max')}"
+            latency = "/".join(f"{figures[key]['median']:.0f}" for key in ("p50_us", "p99_us", "p999_us"))
             cpu = "  ".join(f"{role} {value:.1f}" for role, value in figures["cpu_us_per_io"].items())
-            row((peer, rate(job, figures, "median"), spread, latency, cpu))
+            row((peer, rate(job, figures, "median"), ends, latency, cpu))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def resync_table(summary, kinds):
+    """The summary of the resyncs as text."""
+    lines = []
+    for kind, title in kinds.items():
+        if kind not in summary:
+            continue
+        lines.append(title)
+        for peer, figures in summary[kind].items():
+            moved, seconds = figures["moved_bytes"]["median"] / 1e6, figures["seconds"]
+            ends = f"{seconds['min']:.2f}..{seconds['max']:.2f}"
+            speed = figures["bytes_per_second"]["median"] / 1e6
+            lines.append(f"  {peer:<14}{seconds['median']:.2f} s ({ends}) for {moved:.0f} MB: {speed:.0f} MB/s")
         lines.append("")
     return "\n".join(lines)
 
@@ -101,25 +132,44 @@ def table(summary, peers):
 def noise(samples):
     """The greatest and the median share of CPU time that others took."""
     every = [result for peers in samples.values() for results in peers.values() for result in results]
-    shares = [result["others_cpu_share"] for result in every]
-    return {"median": statistics.median(shares), "max": max(shares)}
+    shares = [result["others_cpu_share"] for result in every if "others_cpu_share" in result]
+    return {"median": statistics.median(shares), "max": max(shares)} if shares else {"median": 0.0, "max": 0.0}
 
 
-def ratios(summary):
-    """job -> peer -> lockstep's median rate as a multiple of the peer's."""
+def by_round(job, peers, name):
+    """What a peer did in each round: I/Os per second, or bytes. Empty: it was not measured."""
+    key = "bytes_per_second" if job.startswith("resync") else "iops"
+    if name == "gluster":
+        both = [by_round(job, peers, each) for each in GLUSTER if peers.get(each)]
+        return [max(round_) for round_ in zip(*both)]
+    return [result[key] for result in peers.get(name, ())]
+
+
+def ratios(samples):
+    """job -> variant of lockstep -> peer -> the ratios of their rates within each round: median and ends."""
     found = {}
-    for job, peers in summary.items():
-        if "lockstep" in peers:
-            own = peers["lockstep"]["iops"]["median"]
-            found[job] = {name: own / it["iops"]["median"] for name, it in peers.items() if name != "lockstep"}
+    for job, peers in samples.items():
+        own = [name for name in peers if name.startswith("lockstep")]
+        others = [name for name in peers if not name.startswith("lockstep")]
+        if any(name in peers for name in GLUSTER):
+            others.append("gluster")
+        for variant in own:
+            for name in others:
+                pairs = list(zip(by_round(job, peers, variant), by_round(job, peers, name)))
+                if pairs:
+                    values = spread([mine / theirs for mine, theirs in pairs])
+                    found.setdefault(job, {}).setdefault(variant, {})[name] = values
     return found
 
 
 def judge(found):
-    """The bar from the ratios: job -> ratio, wanted, whether met. Empty when a side is missing."""
-    verdict = {}
-    for job, wanted in BAR.items():
-        ratio = found.get(job, {}).get("qemu")
-        if ratio is not None:
-            verdict[job] = {"ratio": ratio, "wanted": wanted, "met": ratio >= wanted}
+    """The bars from the ratios: one entry for each that was measured."""
+    verdict = []
+    for job, variants in BAR.items():
+        for variant, peers in variants.items():
+            for name, wanted in peers.items():
+                values = found.get(job, {}).get(variant, {}).get(name)
+                if values is not None:
+                    met = values["median"] >= wanted
+                    verdict.append({"job": job, "variant": variant, "peer": name, "wanted": wanted, "met": met} | values)
     return verdict
