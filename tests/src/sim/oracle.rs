@@ -26,9 +26,9 @@ use lockstep_replicator::meta::flags;
 use lockstep_replicator::units::{BITS_PER_AL_EXTENT, BlockRange, VolumeNr};
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Numbers of a verb refused because the connection is gone, before it or before the peer's answer, or because this
-/// node changed while the peer was asked: the peer may have begun.
-const PERHAPS_DONE: [i32; 2] = [-15, -18];
+/// Numbers of a verb refused because the connection is gone, before it or before the peer's answer, because this node
+/// changed while the peer was asked, or because its metadata cannot say what the peer agreed to: the peer may have begun.
+const PERHAPS_DONE: [i32; 3] = [-15, -18, 118];
 
 /// See the module.
 #[derive(Debug)]
