@@ -1,6 +1,7 @@
 //! Two Primaries: overlapping writes from both nodes end in the same bytes on both, whatever the order
 //! of events and whichever node is lost.
-use lockstep_replicator::core::event::{AdminCommand, Event, RequestOp};
+use lockstep_replicator::core::config::{AfterSb0Pri, AfterSb2Pri, Fencing, OnNoData};
+use lockstep_replicator::core::event::{AdminCommand, Event, HandlerName, RequestOp};
 use lockstep_replicator::core::state::{ConnState, DiskState, ReplState, Role};
 use lockstep_tests::sim::node::VOLUME;
 use lockstep_tests::sim::world::Choice;
@@ -11,6 +12,18 @@ fn options(seed: u64, sectors: u64) -> Options {
     options.sectors = sectors;
     options.net.allow_two_primaries = true;
     options
+}
+
+fn freezing(mut options: Options) -> Options {
+    options.net.fencing = Fencing::ResourceAndStonith;
+    options
+}
+
+/// `fence-peer` of both nodes finds that the other one is Primary.
+fn nobody_is_shot(world: &mut World) {
+    for node in 0..2 {
+        world.handler_answers.insert((node, HandlerName::FencePeer), Some(6));
+    }
 }
 
 /// A connected pair of equal disks, both Primary, nothing in flight.
@@ -86,13 +99,20 @@ struct Explorer {
     script: &'static [Step],
     /// Heat the extent first.
     hot: bool,
+    /// `resource-and-stonith`, and a handler that settles nothing.
+    freezes: bool,
     paths: u64,
     states: u64,
 }
 
 impl Explorer {
+    const fn new(script: &'static [Step], hot: bool) -> Self {
+        Self { script, hot, freezes: false, paths: 0, states: 0 }
+    }
+
     fn prepared(&self) -> World {
-        let mut world = both_primary(options(1, 64));
+        let mut world = both_primary(if self.freezes { freezing(options(1, 64)) } else { options(1, 64) });
+        nobody_is_shot(&mut world);
         if self.hot {
             world.request(0, W, 32, 8, false);
             world.request(1, W, 40, 8, false);
@@ -150,7 +170,7 @@ impl Explorer {
 fn every_order_of_two_overlapping_writes_ends_with_equal_copies() {
     let mut paths = 0;
     for (name, script) in SHAPES {
-        let mut explorer = Explorer { script, hot: true, paths: 0, states: 0 };
+        let mut explorer = Explorer::new(script, true);
         explorer.explore(&mut Vec::new(), &[], &mut |_, _| {});
         assert!(explorer.paths > 3, "{name}: only {} orders", explorer.paths);
         paths += explorer.paths;
@@ -161,7 +181,7 @@ fn every_order_of_two_overlapping_writes_ends_with_equal_copies() {
 #[test]
 fn every_order_with_a_cold_activity_log() {
     for (_, script) in &SHAPES[..3] {
-        let mut explorer = Explorer { script, hot: false, paths: 0, states: 0 };
+        let mut explorer = Explorer::new(script, false);
         explorer.explore(&mut Vec::new(), &[], &mut |_, _| {});
         assert!(explorer.paths > 3);
     }
@@ -229,7 +249,7 @@ fn settle_split_brain(world: &mut World, loser: usize) {
 fn a_fault_at_any_step_of_a_conflict_leaves_marks_for_every_difference() {
     let mut hits = 0;
     for (name, script) in &SHAPES[..5] {
-        let mut explorer = Explorer { script, hot: true, paths: 0, states: 0 };
+        let mut explorer = Explorer::new(script, true);
         let mut turn = 0;
         explorer.explore(&mut Vec::new(), &[], &mut |explorer, path| {
             // Two faults per state, so that all six meet every part of the tree.
@@ -244,6 +264,133 @@ fn a_fault_at_any_step_of_a_conflict_leaves_marks_for_every_difference() {
         assert!(explorer.states > 20, "{name}: only {} states", explorer.states);
     }
     assert!(hits > 500, "only {hits} faults");
+}
+
+/// Both are frozen, in one generation; a write of the other one that waits for the range of a frozen one does not
+/// keep them apart. What was asked is done when they have met, on both, and nobody was asked for anything.
+#[test]
+fn frozen_in_the_middle_of_a_conflict_they_meet_again_by_themselves() {
+    let mut hits = 0;
+    for (name, script) in SHAPES.iter().chain(CROWDS) {
+        let mut explorer = Explorer { freezes: true, ..Explorer::new(script, true) };
+        let mut turn = 0;
+        explorer.explore(&mut Vec::new(), &[], &mut |explorer, path| {
+            turn += 1;
+            if turn % 3 != 0 && path.len() > 6 {
+                return;
+            }
+            let mut world = explorer.replay(path);
+            world.cut(true);
+            world.run(1 + turn % 50);
+            for node in 0..2 {
+                // Parked, or behind what is frozen.
+                burst(&mut world, node, 0, 32, 2);
+            }
+            world.heal();
+            quiet(&mut world);
+            assert!(world.is_primary(0) && world.is_primary(1), "{name} {path:?}");
+            assert_eq!(world.failed_requests, 0, "{name} {path:?}");
+            hits += 1;
+        });
+        assert!(explorer.states > 20, "{name}: only {} states", explorer.states);
+    }
+    assert!(hits > 500, "only {hits} cuts");
+}
+
+/// The same under load on large disks, and the link goes again while they compare what they have.
+#[test]
+fn frozen_primaries_whose_link_flaps_tell_no_application_of_it() {
+    for seed in 0..30 {
+        let mut options = freezing(options(900 + seed, 3 * 8192));
+        // A target that loses its source has no good copy for a moment.
+        options.resource.on_no_data = OnNoData::SuspendIo;
+        let mut world = both_primary(options);
+        nobody_is_shot(&mut world);
+        for round in 0..6 {
+            for _ in 0..5 {
+                for node in 0..2 {
+                    burst(&mut world, node, 8192 - 64, 128, 4);
+                }
+                let pause = world.rng.below(3);
+                world.run(pause);
+            }
+            world.cut(true);
+            let apart = world.rng.below(40);
+            world.run(apart);
+            world.heal();
+            if round % 2 == 1 {
+                let together = world.rng.below(30);
+                world.run(1000 + together);
+                world.cut(true);
+                world.run(30);
+                world.heal();
+            }
+            ok(&mut world, 20_000, |w| w.in_sync() && w.idle());
+            world.check_quiet();
+        }
+        quiet(&mut world);
+        assert!(world.is_primary(0) && world.is_primary(1), "seed {seed}");
+        assert_eq!(world.failed_requests, 0, "seed {seed}");
+    }
+}
+
+/// Suspended without a good copy, the writes of a Primary hold their ranges, too: what the other one had sent there
+/// must not keep it from coming back with the data.
+#[test]
+fn a_primary_without_a_disk_waits_for_no_write_of_the_peer_that_it_waits_for() {
+    for seed in 0..20 {
+        let mut options = options(950 + seed, 1024);
+        options.resource.on_no_data = OnNoData::SuspendIo;
+        options.net.fencing = Fencing::ResourceAndStonith;
+        let mut world = both_primary(options);
+        nobody_is_shot(&mut world);
+        let node = usize::try_from(seed % 2).unwrap();
+        assert!(answer(&mut world, node, "detach", AdminCommand::Detach { volume: VOLUME, force: false }));
+        for _ in 0..5 {
+            burst(&mut world, 0, 0, 64, 4);
+            burst(&mut world, 1, 0, 64, 4);
+            let pause = world.rng.below(2);
+            world.run(pause);
+        }
+        world.cut(true);
+        world.run(seed % 7 * 5);
+        world.heal();
+        ok(&mut world, 20_000, |w| w.idle() && w.state(0).is_some_and(|s| s.2 == ConnState::Connected));
+        assert_eq!(world.failed_requests, 0, "seed {seed}");
+        world.attach(node);
+        quiet(&mut world);
+    }
+}
+
+/// A write that the disk of a Primary has had since before the link went is unknown to the peer, and this node is to be
+/// overwritten, by policy: a comparison of digests made before that write lands would find the blocks equal.
+#[test]
+fn a_write_on_its_way_to_the_disk_is_not_compared_before_it_lands() {
+    let mut late = 0;
+    for seed in 0..20 {
+        let mut options = options(980 + seed, 1024);
+        options.net.csums_alg = Some("sha1".into());
+        options.net.after_sb_2pri = AfterSb2Pri::ViolentlyAs0p;
+        options.net.after_sb_0pri = AfterSb0Pri::DiscardLeastChanges;
+        let mut world = both_primary(options);
+        world.oracle.policies = true;
+        burst(&mut world, 0, 0, 256, 20);
+        quiet(&mut world);
+        world.cut(true);
+        ok(&mut world, 1000, |w| (0..2).all(|n| w.state(n).is_some_and(|s| s.2 == ConnState::Connecting)));
+        // The one that changes less loses.
+        const MS: u64 = 1_000_000;
+        world.nodes[0].disks[0].faults.stick = Some((100 + seed * 100) * MS);
+        world.request(0, W, 64, 8, false);
+        world.request(1, W, 512, 64, false);
+        world.run(50);
+        world.heal();
+        ok(&mut world, 20_000, |w| w.state(0).is_some_and(|s| s.3 == ReplState::SyncTarget));
+        late += usize::from(!world.nodes[0].requests.is_empty());
+        ok(&mut world, 20_000, |w| w.in_sync() && w.idle());
+        quiet(&mut world);
+    }
+    assert!(late > 10, "the write was down before the resync began, but in {late} runs");
 }
 
 fn burst(world: &mut World, node: usize, first: u64, sectors: u64, count: u64) {

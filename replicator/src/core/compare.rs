@@ -31,8 +31,8 @@ pub struct Side {
     pub foreign_bits: u64,
     /// Its operator said: my changes lose.
     pub discard_my_data: bool,
-    /// It is Primary without a good disk, and its application was told of writes that the other node never
-    /// got, or forgot when it stopped.
+    /// It is Primary without a good disk or frozen, and its application was told of writes that the other node
+    /// never got, or forgot when it stopped.
     #[serde(default)]
     pub was_told_more: bool,
     /// Breaks ties: the lower node id.

@@ -234,7 +234,7 @@ impl Resource {
         request.submitted = false;
         request.rewrite = false;
         request.in_sync_at_peer = false;
-        self.request_locked(key);
+        self.order_anew(key);
     }
 
     fn complete_request(&mut self, key: usize, result: Result<(), RequestError>) {

@@ -93,6 +93,19 @@ impl Resource {
         }
     }
 
+    /// The range is held and the write goes to the copies again, as if it had just come: on the ordering node
+    /// it stands behind what that one has sent since, which may wait for this range here.
+    pub(super) fn order_anew(&mut self, key: usize) {
+        let (volume, range) = (self.requests[key].volume, self.requests[key].range);
+        if self.follows() {
+            self.devices[volume].locks.unorder(LockOwner::Request(key));
+        }
+        self.request_locked(key);
+        if self.devices[volume].locks.wanted_by_peer(range) {
+            self.make_way(volume, range);
+        }
+    }
+
     /// What passed is on the disk and the range is back: the own write goes on top.
     pub(super) fn write_again(&mut self, key: usize) {
         let request = &mut self.requests[key];

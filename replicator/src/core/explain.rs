@@ -341,6 +341,9 @@ impl Decision {
             Reason::NothingToCopy => {
                 "the node that should be overwritten is Primary, but no block is marked: nothing changes under its application".into()
             }
+            Reason::NothingTold => {
+                "both nodes are Primary in one generation: what differs was told to no application, and is written again".into()
+            }
         }
     }
 

@@ -41,6 +41,8 @@ faults! {
     EpochStaysOpen,
     /// The receiving side lets writes behind a barrier start at once.
     WritesPassBarrier,
+    /// The receiving side drops what it acknowledged as received (protocol B) when the connection ends.
+    ReceivedForgotten,
     /// The activity-log reference of a write is given back when it completes, not at the barrier ack.
     AlReleasedAtCompletion,
     /// A demotion does not wait for the barrier acks.
@@ -130,6 +132,8 @@ faults! {
     ClearedOnRequest,
     /// The target looks for marks behind its cursor no more.
     CursorDoesNotWrap,
+    /// Digests are compared where an own write is still on its way to the disk.
+    DigestBeforeOwnWrite,
     /// A reply may overwrite what the application wrote meanwhile.
     StaleReplyWritten,
     /// The source reads without holding the range.

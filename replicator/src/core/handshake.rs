@@ -160,11 +160,12 @@ impl Resource {
         }
     }
 
-    /// The application here knows of writes that this peer may miss, and no good disk here has them.
+    /// The application here knows of writes that this peer may miss, and no good disk here has them, or its
+    /// generation does not say so: a frozen Primary keeps the one that it has.
     fn was_told_more(&self, volume: usize) -> bool {
         let life = self.session.as_ref().map(|session| session.peer_life);
         self.role == Role::Primary
-            && self.devices[volume].disk != DiskState::UpToDate
+            && (self.devices[volume].disk != DiskState::UpToDate || self.suspension.is_frozen())
             && match self.devices[volume].peer_may_miss {
                 None => false,
                 Some(MayMiss::Surely) => true,

@@ -99,6 +99,12 @@ impl IntervalLocks {
         }
     }
 
+    /// It is to be ordered anew: writes of the peer go ahead of it, also those that wait for it already.
+    pub fn unorder(&mut self, owner: LockOwner) {
+        let claims = self.held.iter_mut().chain(&mut self.waiting);
+        claims.filter(|claim| claim.owner == owner).for_each(|claim| claim.turn = u64::MAX);
+    }
+
     fn holding(&self, range: BlockRange) -> impl Iterator<Item = &Claim> + '_ {
         let first = self.held.partition_point(|claim| claim.range.end() <= range.start());
         self.held.iter().skip(first).take_while(move |claim| claim.range.overlaps(range))
@@ -270,6 +276,22 @@ mod tests {
         locks.unlock(range(6, 2), LockOwner::Peer(1), &mut granted);
         locks.unlock(range(0, 10), mine, &mut granted);
         assert_eq!(granted, [LockOwner::Peer(1), mine, LockOwner::Peer(2)]);
+    }
+
+    #[test]
+    fn a_write_that_is_to_be_ordered_anew_lets_pass_what_waits_behind_it() {
+        let mut locks = IntervalLocks::default();
+        let mut granted = Vec::new();
+        let mine = LockOwner::Request(0);
+        assert!(locks.lock_yielding(range(0, 10), mine));
+        locks.order(mine);
+        assert!(!locks.lock(range(2, 2), LockOwner::Peer(0)));
+        locks.unorder(mine);
+        locks.hand_over(range(0, 10), mine, &mut granted);
+        assert_eq!(granted, [LockOwner::Peer(0)]);
+        granted.clear();
+        locks.unlock(range(2, 2), LockOwner::Peer(0), &mut granted);
+        assert_eq!(granted, [mine]);
     }
 
     #[test]

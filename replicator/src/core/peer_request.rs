@@ -35,6 +35,8 @@ pub(super) struct PeerRequest {
     resync: Option<u64>,
     /// Its sender has no disk: marked here on arrival, and written under our activity log.
     books: bool,
+    /// Handed to the disk.
+    on_disk: bool,
 }
 
 impl PeerRequest {
@@ -196,6 +198,7 @@ impl Resource {
                 || self.devices[volume].repl.is_syncing())
             .then_some(self.devices[volume].resync_nr),
             books,
+            on_disk: false,
         });
         if write.want_recv_ack {
             let ack = self.block_ack(key, false);
@@ -299,6 +302,7 @@ impl Resource {
     }
 
     pub(super) fn submit_peer_write(&mut self, volume: usize, key: usize) {
+        self.peer_requests[key].on_disk = true;
         if !self.devices[volume].writable() {
             self.devices[volume].ios += 1;
             self.on_peer_write_done(key, Err(IoError::Aborted));
@@ -475,25 +479,19 @@ impl Resource {
         }
     }
 
-    /// The connection is gone. What was started finishes without an answer; what was not is dropped
-    /// (its sender marked it), except under protocol B, where it was acknowledged as safe from the
-    /// loss of its sender: that is written, epoch by epoch.
+    /// The connection is gone. What the disk was told finishes without an answer; the rest is dropped, as if
+    /// it had been lost on the way (`docs/invariants.md`, "A write that never came"), except under protocol
+    /// B, where it was acknowledged as safe from the loss of its sender: that is written, epoch by epoch.
     pub(super) fn abort_receive(&mut self) {
         self.rx.orphaned = true;
-        let promised = |item: &Queued| match item {
-            Queued::Write(key) => self.peer_requests[*key].received_acked,
-            Queued::Barrier(_)
-            | Queued::Read(_)
-            | Queued::ResyncRead(..)
-            | Queued::VerifyRead(_)
-            | Queued::ResyncReply { .. } => false,
-        };
-        let keep = !self.rx.hold && self.rx.queue.iter().any(promised);
+        let promised = self.peer_requests.iter().any(|(_, write)| write.received_acked && !write.on_disk);
+        let keep = !self.rx.hold && promised && !self.planted(Fault::ReceivedForgotten);
         self.rx.hold = false;
         let queue = std::mem::take(&mut self.rx.queue);
         self.rx.queued_reads = 0;
         self.rx.reads_behind.clear();
         if keep {
+            // What came before it as well: a later write is nowhere without the earlier ones (I6).
             self.rx.queue = queue
                 .into_iter()
                 .filter(|item| matches!(item, Queued::Write(_) | Queued::Barrier(_)))
@@ -504,14 +502,47 @@ impl Resource {
             self.rx.barrier = None;
             for item in queue {
                 if let Queued::Write(key) = item {
-                    let request = self.peer_requests.remove(key);
-                    if let Some(buffer) = request.buffer {
-                        self.out.push_back(Output::Release(buffer));
-                    }
+                    self.drop_peer_write(key);
                 }
             }
+            (0..self.devices.len()).for_each(|volume| self.drop_waiting_writes(volume));
         }
         self.forget_orphaned_epochs();
+    }
+
+    /// Writes of a lost session that wait for their range, or for a slot in the activity log: what they wait
+    /// for may be a write of this node that is frozen until the peer is back, and it would wait for them.
+    fn drop_waiting_writes(&mut self, volume: usize) {
+        let forget = self.planted(Fault::ReceivedForgotten);
+        let device = &mut self.devices[volume];
+        let mut dropped = Vec::new();
+        let mut granted = Vec::new();
+        for (key, write) in self.peer_requests.iter() {
+            let user = AlUser::Peer(key);
+            let begun = write.on_disk || device.al_committing.contains(&user);
+            let promised = write.received_acked && !forget;
+            if write.volume != volume || begun || promised {
+                continue;
+            }
+            if !device.locks.cancel(LockOwner::Peer(key), &mut granted) {
+                device.al_waiters.retain(|waiter| *waiter != user);
+                device.locks.unlock(write.range, LockOwner::Peer(key), &mut granted);
+            }
+            dropped.push(key);
+        }
+        for key in &dropped {
+            self.rx.active -= 1;
+            self.drop_peer_write(*key);
+        }
+        // One that was dropped may have got its range from another.
+        granted.retain(|owner| !matches!(owner, LockOwner::Peer(key) if dropped.contains(key)));
+        self.run_granted(volume, granted);
+    }
+
+    fn drop_peer_write(&mut self, key: usize) {
+        if let Some(buffer) = self.peer_requests.remove(key).buffer {
+            self.out.push_back(Output::Release(buffer));
+        }
     }
 
     /// Writes of a lost session are still on their way to the disk.

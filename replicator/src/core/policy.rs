@@ -121,6 +121,8 @@ pub enum Reason {
     RrConflict(RrConflict),
     /// The same, but no block is marked on either side.
     NothingToCopy,
+    /// Both are Primary in one generation: what differs was told to no application.
+    NothingTold,
 }
 
 /// The whole decision for one volume.
@@ -345,6 +347,10 @@ fn check_roles(
         reasons.push(Reason::NothingToCopy);
         return Outcome::Source { full };
     }
+    if frozen_in_one_generation(source, target, rule) && !target.was_told_more {
+        reasons.push(Reason::NothingTold);
+        return Outcome::Source { full };
+    }
     reasons.push(Reason::RrConflict(rr_conflict));
     match rr_conflict {
         RrConflict::Violently => Outcome::Source { full },
@@ -356,6 +362,17 @@ fn check_roles(
             Outcome::Refuse(Obstacle::TargetIsPrimary)
         }
     }
+}
+
+/// Two Primaries that were frozen and meet again. Whoever told its application of a write that the other one
+/// misses began a generation before, or knows it (`docs/invariants.md`, "Two frozen Primaries").
+fn frozen_in_one_generation(source: &Side, target: &Side, rule: Rule) -> bool {
+    matches!(rule, Rule::EqualWithBits | Rule::SelfMissedFinish | Rule::PeerMissedFinish)
+        && source.role == Role::Primary
+        && target.role == Role::Primary
+        && source.quality() == target.quality()
+        && !source.crashed_primary
+        && !target.crashed_primary
 }
 
 /// A diskless Primary may only go on with the generation its application was shown, or one that

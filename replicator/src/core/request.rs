@@ -294,6 +294,8 @@ impl Resource {
             }
             MirrorMode::Nothing => {
                 let range = self.requests[key].range;
+                // It got its range while nothing completes: this copy may be the older one when the peer is back.
+                self.requests[key].again = self.suspension.is_frozen();
                 if !self.planted(Fault::NoMarkWithoutPeer) {
                     self.devices[volume].mark(range);
                 }

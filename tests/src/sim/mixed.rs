@@ -144,10 +144,6 @@ pub fn draw_mixed(seed: u64, forced: Option<&[Feature]>) -> Plan {
             features.push(*feature);
         }
     }
-    // Two Primaries that fence each other are an open matter (docs/decisions.md).
-    if forced.is_none() && features.contains(&Feature::Fencing) {
-        features.retain(|feature| *feature != Feature::Two);
-    }
     for feature in &features {
         let number = feature.own_generator(!seed).as_mut().unwrap_or(&mut rng).next();
         lay_over(*feature, &mut plan, &mut Rng::new(number));

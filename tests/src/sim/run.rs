@@ -461,8 +461,7 @@ impl Run<'_> {
             };
             if (0..self.world.volumes()).any(lost) {
                 self.world.trace(|| format!("the operator gives up what only n{node} was told"));
-                self.world.admin(node, "secondary", AdminCommand::Secondary);
-                self.pump(1000, |world| !world.is_primary(node));
+                self.step_down(node, 1000);
                 for node in 0..2 {
                     let plain = AdminCommand::Connect { discard_my_data: false, tentative: false };
                     self.world.admin(node, "connect", plain);
@@ -492,11 +491,22 @@ impl Run<'_> {
         }
     }
 
+    /// `secondary`; where that waits for writes that are held back, status says what lets them go.
+    fn step_down(&mut self, node: usize, ms: u64) {
+        let id = self.world.admin(node, "secondary", AdminCommand::Secondary);
+        self.pump(ms, |world| world.nodes[node].answers.contains_key(&id));
+        let waits = self.world.status(node).map_or(Vec::new(), |status| status.waiting_for);
+        let named = waits.iter().any(|wait| wait.contains("drbdadm resume-io"));
+        if id != 0 && named && !self.world.nodes[node].answers.contains_key(&id) {
+            self.world.admin(node, "resume-io", AdminCommand::ResumeIo);
+            self.pump(ms, |world| world.nodes[node].answers.contains_key(&id));
+        }
+    }
+
     /// After a split brain this node's changes go.
     fn resolve(&mut self, victim: usize) {
         self.world.trace(|| format!("the operator decides that the changes of n{victim} go"));
-        let id = self.world.admin(victim, "secondary", AdminCommand::Secondary);
-        self.pump(2000, |world| world.nodes[victim].answers.contains_key(&id));
+        self.step_down(victim, 2000);
         let id = self.world.admin(victim, "disconnect", AdminCommand::Disconnect { force: true });
         self.pump(500, |world| world.nodes[victim].answers.contains_key(&id));
         let discard = AdminCommand::Connect { discard_my_data: true, tentative: false };

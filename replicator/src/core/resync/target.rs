@@ -89,6 +89,7 @@ impl Resource {
         let forgets = self.planted(Fault::FailedBlocksForgotten);
         let one_pass = self.planted(Fault::CursorDoesNotWrap);
         let clears = self.planted(Fault::ClearedOnRequest);
+        let early = self.planted(Fault::DigestBeforeOwnWrite);
         let mut passed_over = false;
         loop {
             let device = &mut self.devices[volume];
@@ -136,7 +137,7 @@ impl Resource {
             };
             // Where an own write is on its way, a reply would be dropped (`reply_gives_way`), and a digest made now says
             // nothing of what that write leaves: it may be one of an earlier session, which the source never gets.
-            if let Some(write) = whole(end).and_then(|range| device.locks.first_request(range)) {
+            if !early && let Some(write) = whole(end).and_then(|range| device.locks.first_request(range)) {
                 let blocks = write.bits_touched();
                 if blocks.start <= bit {
                     resync.cursor = blocks.end;
