@@ -7,7 +7,7 @@ DEMO_ARGS ?=
 BENCH_ARGS ?=
 VM_TESTS ?=
 
-.PHONY: all build test demo lint fuzz vm-test bench
+.PHONY: all build test demo lint fuzz vm-test bench plots
 all: build
 
 # The programs: target/release/lockstep, which is lockstepd, drbdadm, drbdsetup and drbdmeta by other names.
@@ -42,7 +42,15 @@ vm-test:
 	@.ci/install build! ublk disk drbd vm vmtools
 	@.ci/vm $(VM_TESTS)
 
-# Throughput against QEMU's own mirror.
+# Throughput against QEMU's mirror, GlusterFS and an unreplicated file (bench/README.md).
 bench:
 	@.ci/install build! bench! gluster
 	bench/native $(BENCH_ARGS)
+
+# The pictures of a benchmark's figures: make plots BENCH_JSON=bench.json
+plots: target/plot/bin/python
+	target/plot/bin/python bench/plot $(BENCH_JSON) docs/bench
+
+target/plot/bin/python:
+	python3 -m venv target/plot
+	target/plot/bin/pip install -q matplotlib==3.9.2

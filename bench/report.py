@@ -173,3 +173,32 @@ def judge(found):
                     met = values["median"] >= wanted
                     verdict.append({"job": job, "variant": variant, "peer": name, "wanted": wanted, "met": met} | values)
     return verdict
+
+
+def bars_of(peers, key, scale):
+    """What `bench/plot` draws of one figure of every peer."""
+    return [
+        {"name": name} | {end: value / scale for end, value in figures[key].items()} for name, figures in peers.items()
+    ]
+
+
+def tables(summary, kinds):
+    """The pictures of this run: rates, the 99th percentiles, resyncs."""
+    groups = {"native-rates": [], "native-p99": [], "native-resync": []}
+    for job in JOBS:
+        if job.key in summary:
+            big = job.block >= 64 << 10
+            key, scale, unit = ("bytes_per_second", 1e6, "MB/s") if big else ("iops", 1e3, "1000 per second")
+            peers = summary[job.key]
+            groups["native-rates"].append({"title": job.title, "unit": unit, "bars": bars_of(peers, key, scale)})
+            groups["native-p99"].append({"title": job.title, "unit": "us", "bars": bars_of(peers, "p99_us", 1)})
+    for kind, title in kinds.items():
+        if kind in summary:
+            bars = bars_of(summary[kind], "bytes_per_second", 1e6)
+            groups["native-resync"].append({"title": title, "unit": "MB/s", "bars": bars})
+    titles = {
+        "native-rates": "NBD front end: rate",
+        "native-p99": "NBD front end: 99th percentile of the latency",
+        "native-resync": "Resync",
+    }
+    return [{"name": name, "title": titles[name], "groups": groups[name]} for name in groups if groups[name]]
