@@ -19,6 +19,8 @@ class Job:
     block: int
     depth: int
     extra: tuple = ()
+    # Only so much of the disk is used; None: all of it.
+    span: int | None = None
 
 
 JOBS = (
@@ -41,7 +43,7 @@ def run_job(processes, job, peer, seconds):
     """Runs it; gives rates, latencies and the CPU time per I/O of the peer's processes."""
     output = os.path.join(processes.folder, "fio.json")
     command = ["fio", f"--name={job.key}", *peer.target, f"--rw={job.pattern}", *job.extra]
-    command += [f"--bs={job.block}", f"--iodepth={job.depth}", f"--size={peer.size}", "--norandommap", "--randrepeat=0"]
+    command += [f"--bs={job.block}", f"--iodepth={job.depth}", f"--size={job.span or peer.size}", "--norandommap", "--randrepeat=0"]
     command += ["--time_based", f"--runtime={seconds}"]
     # Some engines print to standard output, so the result needs a file of its own.
     command += ["--output-format=json", f"--output={output}"]

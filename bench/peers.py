@@ -8,11 +8,13 @@ import json
 import os
 import socket
 import subprocess
+import sys
 import time
 from dataclasses import dataclass
 
 from procs import BenchError, wait_for
 
+HERE = os.path.dirname(os.path.abspath(__file__))
 HOST = "127.0.0.1"
 CHUNK = 1 << 20
 
@@ -239,6 +241,8 @@ class Lockstep(Peer):
         self.program = program
         self.variant = variant
         self.statements = statements
+        # Of the link between the nodes; None: as fast as it is.
+        self.round_trip_ms = None
 
     def start(self):
         self.start_nodes()
@@ -256,18 +260,16 @@ class Lockstep(Peer):
         """Both daemons with the resource up and connected, both Secondary."""
         # The metadata stands behind the data: 1 MiB is its log and superblock, the rest more than the bitmap needs.
         room = (4 << 20) + self.size // 16384
-        hosts = ""
-        for at, node in enumerate(self.nodes):
+        ports = {node: free_port() for node in self.nodes}
+        for node, content in zip(self.nodes, self.contents):
             os.mkdir(self.path(node))
-            disk = make_file(self.path(f"{node}.disk"), self.size + room, self.contents[at])
-            hosts += f"    on {node} {{\n        device /dev/drbd{950 + at};\n        disk {disk};\n"
-            hosts += f"        address {HOST}:{free_port()};\n        meta-disk internal;\n    }}\n"
-        extra = "".join(f"    {line}\n" for line in self.statements)
-        config = self.path("bench.conf")
-        with open(config, "w", encoding="utf-8") as file:
-            file.write(f"resource {self.resource} {{\n    protocol {self.variant.protocol};\n    net {{ connect-int 1; }}\n")
-            file.write(f"    lockstep {{ front-end nbd; spin-us {self.variant.spin_us}; }}\n{extra}{hosts}}}\n")
+            make_file(self.path(f"{node}.disk"), self.size + room, content)
+        # What the other node has to call to reach a node.
+        called = {node: self.delayed(node, port) for node, port in ports.items()}
         for node in self.nodes:
+            config = self.path(f"{node}.conf")
+            with open(config, "w", encoding="utf-8") as file:
+                file.write(self.configuration({each: (ports if each == node else called)[each] for each in self.nodes}))
             self.must("-c", config, "--node", node, "create-md", "--force", self.resource)
             command = [self.program, "daemon", "-c", config, "--node", node, "--run-dir", self.path(node), "--no-mlock"]
             role = "primary" if node == self.nodes[0] else "secondary"
@@ -279,6 +281,26 @@ class Lockstep(Peer):
         for node in self.nodes:
             self.verb(node, "up", self.resource)
         wait_for("lockstep's nodes to meet", 20, lambda: self.link()["connection-state"] == "Connected")
+
+    def delayed(self, node, port):
+        """The port of a proxy in front of a node's, if the link has a delay."""
+        if self.round_trip_ms is None:
+            return port
+        proxy = free_port()
+        command = [sys.executable, os.path.join(HERE, "delay.py"), str(proxy), str(port), str(self.round_trip_ms)]
+        self.processes.start(f"{self.name}-delay-{node}", command)
+        return proxy
+
+    def configuration(self, ports):
+        """The resource, with these ports of the nodes."""
+        hosts = ""
+        for at, node in enumerate(self.nodes):
+            hosts += f"    on {node} {{\n        device /dev/drbd{950 + at};\n        disk {self.path(f'{node}.disk')};\n"
+            hosts += f"        address {HOST}:{ports[node]};\n        meta-disk internal;\n    }}\n"
+        extra = "".join(f"    {line}\n" for line in self.statements)
+        head = f"    protocol {self.variant.protocol};\n    net {{ connect-int 1; }}\n"
+        front_end = f"    lockstep {{ front-end nbd; spin-us {self.variant.spin_us}; }}\n"
+        return f"resource {self.resource} {{\n{head}{front_end}{extra}{hosts}}}\n"
 
     def link(self):
         """What the primary says of its connection."""
@@ -305,6 +327,10 @@ class Lockstep(Peer):
     def answers(self, node):
         """A daemon that answers may say that the resource is not up; 20 says that nobody answers."""
         return self.command("--run-dir", self.path(node), "role", self.resource).returncode != 20
+
+    def settle(self):
+        """Waits until the peer has what was answered before it had it (protocol A and B)."""
+        wait_for("lockstep's peer to have everything", 60, lambda: self.link()["ap-in-flight"] == 0)
 
     def in_sync(self):
         """Both disks UpToDate and nothing left to copy, as the primary sees it."""

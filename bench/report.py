@@ -1,11 +1,13 @@
 """Medians, the tables, the bars."""
 
+import json
 import os
 import platform
 import statistics
 import subprocess
 
 from jobs import JOBS
+from procs import BenchError
 
 # What lockstep has to reach: job -> variant -> peer -> multiple of the peer's rate in the same round. `gluster` is the
 # faster of the two ways to reach it.
@@ -22,6 +24,16 @@ BAR = {
 GLUSTER = ("gluster-fuse", "gluster-gfapi")
 # Above this share of the machine's CPU time in other hands, figures say more about the neighbours.
 NOISE_LIMIT = 0.05
+
+
+def build(root):
+    """Builds the release of lockstep; gives the program's path."""
+    command = ["cargo", "build", "--release", "-p", "lockstep-replicator", "--bin", "lockstep"]
+    if subprocess.run(command, cwd=root, check=False).returncode != 0:
+        raise BenchError("lockstep does not build")
+    command = ["cargo", "metadata", "--no-deps", "--format-version", "1"]
+    metadata = subprocess.run(command, cwd=root, capture_output=True, check=True)
+    return os.path.join(json.loads(metadata.stdout)["target_directory"], "release", "lockstep")
 
 
 def machine():
