@@ -314,3 +314,32 @@ fn a_disk_lost_before_the_new_generation_was_durable_may_have_had_more_than_the_
         }
     }
 }
+
+/// A Primary without a disk goes on from its peer's copy; when it stops, its own disk is what it was before, and
+/// may be taken back alone. It is the older one, which the other copy's marks say, and owes nothing of what was written
+/// meanwhile. Simulator, `--features resize --seed 1161`.
+#[test]
+fn a_disk_that_was_away_is_the_older_copy_after_its_node_served_the_other_one() {
+    for seed in 0..10 {
+        let mut world = pair(8100 + seed, Protocol::C);
+        let before = write(&mut world, 64);
+        quiet(&mut world);
+        detach(&mut world, 1);
+        let after = write(&mut world, 64);
+        world.flush(0);
+        within(&mut world, 2000, |w| open(w, 0) == 0);
+        assert_eq!(verb(&mut world, 0, "secondary", AdminCommand::Secondary), Ok(()));
+        assert_eq!(verb(&mut world, 1, "primary", AdminCommand::Primary { force: false }), Ok(()));
+        world.crash(0, seed % 2 == 0);
+        world.crash(1, true);
+        world.start(1);
+        within(&mut world, 2000, |w| disk(w, 1) == DiskState::UpToDate);
+        assert_eq!(world.nodes[1].disks[0].sectors()[64], before);
+        world.crash(1, true);
+        assert_eq!(world.broken, None, "seed {seed}");
+        world.start(0);
+        world.start(1);
+        quiet(&mut world);
+        assert_eq!(world.nodes[1].disks[0].sectors()[64], after, "seed {seed}");
+    }
+}

@@ -437,25 +437,54 @@ fn quiet_writes(world: &mut World) {
     ok(world, 5000, World::idle);
 }
 
-#[test]
-fn a_diskless_primary_follows() {
-    let devices = GROWTHS[0];
-    let mut world = pair(97, devices);
+/// A pair whose node `away` has no disk attached.
+fn pair_without_disk(seed: u64, devices: Devices, away: usize) -> World {
+    let mut world = pair(seed, devices);
     quiet_writes(&mut world);
     let detach = AdminCommand::Detach { volume: VOLUME, force: false };
-    assert_eq!(verb(&mut world, 0, "detach", detach), Ok(()));
+    assert_eq!(verb(&mut world, away, "detach", detach), Ok(()));
     world.run(20);
-    grow_devices(&mut world, devices);
-    assert_eq!(resize(&mut world, 1, ResizeOptions::default()), Ok(()));
+    world
+}
+
+#[test]
+fn a_diskless_primary_follows_what_its_operator_vouches_for() {
+    let devices = GROWTHS[0];
+    let mut world = pair_without_disk(97, devices, 0);
+    grow_devices_clean(&mut world, devices);
+    let options = ResizeOptions { assume_peer_has_space: true, ..ResizeOptions::default() };
+    assert_eq!(resize(&mut world, 1, options), Ok(()));
     ok(&mut world, 1000, |w| w.nodes[0].export_size == devices.after());
     load(&mut world, 0, 30);
     ok(&mut world, 5000, World::idle);
-    // Its own disk still has its metadata at the old place, and is too small to come back as it is.
-    let id = world.attach(0);
-    ok(&mut world, 5000, |w| w.nodes[0].answers.contains_key(&id));
-    let refused = world.nodes[0].answers[&id].clone().unwrap_err();
-    assert!(matches!(refused.number, 111 | 170), "{refused:?}");
-    assert_eq!(world.state(0).unwrap().1, DiskState::Diskless);
+    // Its own disk has room for that: its metadata moves before it is taken back.
+    world.attach(0);
+    settled(&mut world, devices.after());
+}
+
+/// What a disk holds that is not attached is not known: the volume does not grow past it (SEM §26), or it could
+/// never come back. Simulator, `--features resize --seed 1161` and 1162.
+#[test]
+fn a_volume_does_not_grow_past_a_disk_that_is_away() {
+    for away in 0..2 {
+        for asked in 0..2 {
+            let devices = GROWTHS[0];
+            let mut world = pair_without_disk(98, devices, away);
+            world.nodes[1 - away].disks[0].meta.real.as_mut().unwrap().grow(devices.new.0, devices.new.1);
+            assert_eq!(resize(&mut world, asked, ResizeOptions::default()), Ok(()), "n{away} n{asked}");
+            let said = |event: &Event| matches!(event, Event::Note(_, text) if text.contains("keeps its size: no disk is attached"));
+            assert!(world.log.iter().any(|(_, node, event)| *node == asked && said(event)));
+            assert_eq!(world.nodes[0].export_size, devices.before());
+            load(&mut world, 0, 30);
+            ok(&mut world, 5000, World::idle);
+            world.attach(away);
+            settled(&mut world, devices.before());
+            // With both there, and both larger, it grows.
+            grow_devices_clean(&mut world, devices);
+            assert_eq!(resize(&mut world, asked, ResizeOptions::default()), Ok(()));
+            settled(&mut world, devices.after());
+        }
+    }
 }
 
 #[test]

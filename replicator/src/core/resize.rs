@@ -24,7 +24,7 @@
 //! size that either node has recorded, and more where both disks hold more.
 use super::attach::DiskProcedure;
 use super::device::Device;
-use super::event::{MetaWrite, Output, Payload, Refusal, SessionId};
+use super::event::{MetaWrite, Output, Payload, Refusal, SessionId, Severity};
 use super::metadata::{AlStep, BitmapThen, MetaContext, SuperblockThen};
 use super::state::{ConnState, DiskState, ReplState, Role};
 use super::verbs::refusal;
@@ -42,7 +42,7 @@ pub struct ResizeOptions {
     pub size: Option<SectorCount>,
     /// The new area holds the same on both nodes already: do not copy it.
     pub assume_clean: bool,
-    /// Grow although the peer cannot be asked.
+    /// Grow although the peer cannot be asked, or one node has no disk to measure.
     pub assume_peer_has_space: bool,
     /// A smaller size is meant: what lies behind it is given up.
     pub shrink: bool,
@@ -401,6 +401,29 @@ impl Resource {
         self.next_state_request
     }
 
+    /// What both disks hold, as far as that is known; the peer's holds `held`, 0 when none is attached there. A disk
+    /// that is away may be a smaller one, and could never come back to a volume that grew without it.
+    fn most_with(&mut self, volume: usize, held: SectorCount) -> SectorCount {
+        let assumed = self.resizing(volume).is_some_and(|resizing| resizing.options.assume_peer_has_space);
+        let device = &self.devices[volume];
+        let own = if device.has_metadata() { device.capacity } else { SectorCount(0) };
+        let (both, either) = (own.min(held), own.max(held));
+        match device.size {
+            _ if both.0 != 0 => both,
+            size if size.0 == 0 || assumed => either,
+            size => {
+                let (nr, away) = (device.nr.0, if own.0 == 0 { "here" } else { "at the peer" });
+                if either > size {
+                    let text = format!(
+                        "volume {nr} keeps its size: no disk is attached {away}, and nobody knows what it holds; attach it, or resize with --assume-peer-has-space"
+                    );
+                    self.note(Severity::Warning, text);
+                }
+                size
+            }
+        }
+    }
+
     /// Both sizes are known: `most` is what both disks hold.
     fn choose_size(&mut self, volume: usize, most: SectorCount) {
         let Some(resizing) = self.resizing(volume) else { return };
@@ -620,13 +643,8 @@ impl Resource {
                 _ => {}
             }
         } else {
-            let device = &mut self.devices[volume];
-            device.peer_capacity = SectorCount(reply.value);
-            let most = match (device.has_metadata(), reply.value) {
-                (true, 0) => device.capacity,
-                (true, held) => device.capacity.min(SectorCount(held)),
-                (false, held) => SectorCount(held),
-            };
+            self.devices[volume].peer_capacity = SectorCount(reply.value);
+            let most = self.most_with(volume, SectorCount(reply.value));
             self.choose_size(volume, most);
         }
         true

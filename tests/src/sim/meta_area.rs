@@ -115,10 +115,10 @@ impl MetaArea {
     /// # Panics
     /// The core writes a transaction that no block holds.
     pub fn apply(&mut self, write: &MetaWrite) {
+        self.forget_hot(write);
         if let Some(area) = &mut self.real {
             return area.apply(write);
         }
-        self.forget_hot(write);
         match write {
             MetaWrite::Superblock(superblock) => {
                 *self.superblock = superblock.encode();
@@ -148,10 +148,10 @@ impl MetaArea {
     /// # Panics
     /// As [`Self::apply`].
     pub fn maybe_apply(&mut self, write: &MetaWrite, rng: &mut Rng) {
+        self.forget_hot(write);
         if let Some(area) = &mut self.real {
             return area.maybe_apply(write, rng);
         }
-        self.forget_hot(write);
         match write {
             MetaWrite::Superblock(superblock) => {
                 tear(&mut self.superblock[..], &superblock.encode(), rng);
@@ -242,10 +242,13 @@ impl MetaArea {
         self.real.is_some() || self.superblock().is_some()
     }
 
-    /// The superblock, if it can be read and makes sense; not told of devices that grow.
+    /// The superblock, if it can be read and makes sense.
     #[must_use]
     pub fn superblock(&self) -> Option<Superblock> {
-        if self.unreadable_superblock || self.real.is_some() {
+        if let Some(area) = &self.real {
+            return area.located().map(|(superblock, _)| superblock);
+        }
+        if self.unreadable_superblock {
             return None;
         }
         let superblock = Superblock::decode(&self.superblock, 0).ok()?;
@@ -278,6 +281,9 @@ impl MetaArea {
     /// Whether a block of 4 KiB is marked on disk.
     #[must_use]
     pub fn is_marked(&self, block: usize) -> bool {
+        if let Some(area) = &self.real {
+            return area.is_marked(block as u64);
+        }
         let unreadable = self.unreadable_pages.contains(&(block / (WORDS_PER_PAGE * 64)));
         unreadable || self.bitmap.get(block / 64).is_none_or(|word| word >> (block % 64) & 1 == 1)
     }
@@ -285,9 +291,6 @@ impl MetaArea {
     /// The extents an attach would take as changed; `None` = all of them.
     #[must_use]
     pub fn hot_extents(&self) -> Option<&[u32]> {
-        if self.real.is_some() {
-            return None;
-        }
         self.hot.get_or_init(|| self.read_hot_extents()).as_deref()
     }
 
@@ -306,12 +309,16 @@ impl MetaArea {
         if superblock.flags & flags::FULL_SYNC != 0 {
             return None;
         }
-        al_ring::replay(&self.ring, &self.layout).ok()
+        match &self.real {
+            Some(area) => area.found().filter(|found| !found.al_unusable).map(|found| found.hot_extents),
+            None => al_ring::replay(&self.ring, &self.layout).ok(),
+        }
     }
 
     /// What an attach reads, as the daemon does; `None` when it would refuse.
     pub fn attach(&mut self) -> Option<Attached> {
         if let Some(area) = &mut self.real {
+            self.hot.take();
             return Some(area.attach());
         }
         let superblock = self.superblock()?;

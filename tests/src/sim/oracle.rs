@@ -62,8 +62,8 @@ pub struct Oracle {
     /// Writes that failed on a disk.
     failed: BTreeSet<u32>,
     /// By node and volume: it goes on from the other's copy without a disk of its own, and has not been in
-    /// sync since.
-    borrows: [Vec<bool>; 2],
+    /// sync since. What bound its own disk before.
+    borrows: [Vec<Option<Vec<(u64, bool)>>>; 2],
     /// A resync to this node began and has not ended: what the volume holds is a mixture.
     was_target: [Vec<bool>; 2],
     /// Verbs that change what is allowed, on which node, and what was before.
@@ -112,7 +112,7 @@ impl Oracle {
             policies: false,
             connected: [false; 2],
             failed: BTreeSet::new(),
-            borrows: [vec![false; sizes.len()], vec![false; sizes.len()]],
+            borrows: [vec![None; sizes.len()], vec![None; sizes.len()]],
             was_target: [vec![false; sizes.len()], vec![false; sizes.len()]],
             verbs: BTreeMap::new(),
             quiet: false,
@@ -357,19 +357,15 @@ impl World {
         // It stopped within its promotion: the generation that it began is on its disk, and nobody who
         // reads that can tell whether a write of it completed (I2).
         let began = |disk: &super::disk::Disk| {
-            let real = disk.meta.real.as_ref().and_then(super::real_area::RealArea::superblock);
-            disk.meta
-                .superblock()
-                .or(real)
-                .is_some_and(|sb| sb.flags & flags::PRIMARY_IND != 0 && sb.uuid[1] != 0)
+            let superblock = disk.meta.superblock();
+            superblock.is_some_and(|sb| sb.flags & flags::PRIMARY_IND != 0 && sb.uuid[1] != 0)
         };
         self.oracle.went_on[node] |= !was_primary && self.nodes[node].disks.iter().any(began);
         self.oracle.connected[node] = false;
         for volume in 0..self.volumes() {
-            let borrows = std::mem::take(&mut self.oracle.borrows[node][volume]);
-            if borrows && self.options.net.allow_two_primaries {
+            if let Some(before) = self.oracle.borrows[node][volume].take() {
                 // What it went on from is the other's; its own disk is as it was before.
-                self.history.forget_view(node, volume);
+                self.history.restore_view(node, volume, &before);
             }
         }
         let past = &mut self.oracle.past[node];
@@ -408,7 +404,8 @@ impl World {
         self.oracle.attached[node][volume] = self.now;
         let meta = &self.nodes[node].disks[volume].meta;
         let touched = &mut self.oracle.touched[volume];
-        match meta.hot_extents() {
+        // Devices that grow: what is added is copied though nobody wrote it.
+        match meta.hot_extents().filter(|_| meta.real.is_none()) {
             Some(extents) => {
                 for extent in extents {
                     let first = u64::from(*extent) * BITS_PER_AL_EXTENT;
@@ -518,8 +515,9 @@ impl World {
                 if states.disk == DiskState::Diskless && states.peer_disk == DiskState::UpToDate {
                     // Without a disk of its own it goes on from what the other one holds.
                     self.settle(1 - node, 1 - node, volume, "is what a diskless node goes on from");
+                    let before = self.history.save_view(node, volume);
                     self.history.adopt_view(1 - node, node, volume, None);
-                    self.oracle.borrows[node][volume] = true;
+                    self.oracle.borrows[node][volume].get_or_insert(before);
                 }
                 continue;
             }
@@ -574,7 +572,7 @@ impl World {
     fn resync_begins(&mut self, target: usize, volume: usize) {
         let source = 1 - target;
         self.oracle.was_target[target][volume] = true;
-        if self.oracle.borrows[source][volume] && self.oracle.voided[target] {
+        if self.oracle.borrows[source][volume].is_some() && self.oracle.voided[target] {
             // Somebody decided that what it borrowed goes: its own disk counts, which it got back since.
             self.history.forget_view(source, volume);
         }
@@ -601,7 +599,7 @@ impl World {
         let disks = [node, 1 - node].map(|node| self.nodes[node].disks[volume].sectors());
         self.history.adopt_view(1 - node, node, volume, Some((disks, self.oracle.met)));
         self.oracle.was_target[node][volume] = false;
-        self.oracle.borrows[node][volume] = false;
+        self.oracle.borrows[node][volume] = None;
         // A decision is made for each volume, and may choose another side. Some may still be at their resync, or have
         // no disk to hear it.
         let awaits = |(node, volume): (usize, usize)| {
@@ -687,7 +685,7 @@ impl World {
         self.oracle.full_allowed = false;
         self.oracle.went_on = [false; 2];
         self.oracle.voided = [false; 2];
-        self.oracle.borrows.iter_mut().for_each(|volumes| volumes.fill(false));
+        self.oracle.borrows.iter_mut().for_each(|volumes| volumes.fill(None));
     }
 
     /// Every sector of one node's disks is allowed in its own view.

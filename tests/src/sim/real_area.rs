@@ -7,9 +7,10 @@ use super::Rng;
 use lockstep_replicator::core::event::MetaWrite;
 use lockstep_replicator::meta::superblock::locate;
 use lockstep_replicator::meta::{
-    Attached, BLOCK_BYTES, Block, Layout, MetaError, MetaKind, MetaPlace, Superblock, al_ring,
+    Attached, BITMAP_PAGE_BITS, BLOCK_BYTES, Block, Layout, MAGIC_CLEAN, MetaError, MetaKind, MetaPlace,
+    Superblock, al_ring, flags,
 };
-use lockstep_replicator::units::SectorCount;
+use lockstep_replicator::units::{BITS_PER_AL_EXTENT, SECTORS_PER_BIT, SectorCount};
 use std::collections::BTreeMap;
 
 /// See the module.
@@ -65,10 +66,28 @@ impl RealArea {
         self.data_bytes = self.data_bytes.max(data_bytes);
     }
 
-    /// The superblock where the metadata is now.
+    /// The superblock that an attach would find, and where.
     #[must_use]
-    pub fn superblock(&self) -> Option<Superblock> {
-        Superblock::decode(&self.block(self.layout.superblock_byte()), 0).ok()
+    pub fn located(&self) -> Option<(Superblock, Layout)> {
+        let sizes = (self.data_bytes, self.meta_bytes);
+        let read = |place| Ok::<_, MetaError>(self.block(place));
+        locate(self.kind, sizes, Some(self.known_bytes), read).ok()
+    }
+
+    /// What an attach would find, before the log counts.
+    #[must_use]
+    pub fn found(&self) -> Option<Attached> {
+        self.located().map(|(superblock, layout)| self.read_at(superblock, &layout))
+    }
+
+    /// An attach would find this block marked. What lies behind the size that the superblock names counts as changed.
+    #[must_use]
+    pub fn is_marked(&self, block: u64) -> bool {
+        let Some((superblock, layout)) = self.located() else { return true };
+        let page = block / BITMAP_PAGE_BITS;
+        let bytes = self.block(layout.bitmap_byte() + page * BLOCK_BYTES as u64);
+        let bit = usize::try_from(block % BITMAP_PAGE_BITS).unwrap_or(0);
+        block >= superblock.la_size.0 / SECTORS_PER_BIT || bytes[bit / 8] >> (bit % 8) & 1 == 1
     }
 
     /// Usable sectors at the place where the metadata is now.
@@ -163,26 +182,35 @@ impl RealArea {
     /// # Panics
     /// There is no valid metadata: the promise that a resize keeps it is broken.
     pub fn attach(&mut self) -> Attached {
-        let sizes = (self.data_bytes, self.meta_bytes);
-        let read = |place| Ok::<_, MetaError>(self.block(place));
-        let found = locate(self.kind, sizes, Some(self.known_bytes), read);
-        let (superblock, layout) = found.expect("metadata at the new place or at the old one");
+        let (superblock, layout) = self.located().expect("metadata at the new place or at the old one");
+        let mut attached = self.read_at(superblock, &layout);
         let present = Layout::for_device(self.kind, self.data_bytes, self.meta_bytes, 1, 8);
-        if present.is_ok_and(|present| present.superblock_byte() == layout.superblock_byte()) {
-            self.known_bytes = self.data_bytes;
+        let present = present.expect("devices large enough for metadata");
+        let moves = present.superblock_byte() != layout.superblock_byte();
+        self.layout = layout;
+        if moves {
+            self.move_to_end(&mut attached, present);
         }
+        self.known_bytes = self.data_bytes;
+        self.measured = None;
+        self.left_behind = None;
+        attached
+    }
+
+    /// What stands at a place.
+    fn read_at(&self, superblock: Superblock, layout: &Layout) -> Attached {
         let mut log = Vec::new();
         for block in 0..u64::from(layout.al_blocks()) {
             log.extend_from_slice(&self.block(layout.al_byte() + block * BLOCK_BYTES as u64));
         }
-        let replayed = if superblock.is_clean() { Ok(Vec::new()) } else { al_ring::replay(&log, &layout) };
+        let replayed = if superblock.is_clean() { Ok(Vec::new()) } else { al_ring::replay(&log, layout) };
         let mut words = Vec::new();
         for page in 0..layout.bitmap_bytes().div_ceil(BLOCK_BYTES as u64) {
             let block = self.block(layout.bitmap_byte() + page * BLOCK_BYTES as u64);
             let chunks = block.chunks_exact(8);
             words.extend(chunks.map(|word| u64::from_le_bytes(word.try_into().unwrap_or([0xff; 8]))));
         }
-        let attached = Attached {
+        Attached {
             al_unusable: replayed.is_err(),
             hot_extents: replayed.unwrap_or_default(),
             bitmap: words,
@@ -190,10 +218,44 @@ impl RealArea {
             discard: true,
             logical_block_bytes: 512,
             superblock,
-        };
-        self.layout = layout;
-        self.measured = None;
-        self.left_behind = None;
-        attached
+        }
+    }
+
+    /// The device grew while nobody had it: its metadata goes to the new end before it is taken, and the log, which
+    /// does not move, into the bitmap (`backing/grown.rs`, where the cuts of this are tested).
+    fn move_to_end(&mut self, attached: &mut Attached, to: Layout) {
+        let was_primary = attached.superblock.flags & flags::PRIMARY_IND != 0;
+        if attached.al_unusable && was_primary {
+            attached.superblock.flags |= flags::FULL_SYNC;
+        }
+        attached.al_unusable = false;
+        for extent in std::mem::take(&mut attached.hot_extents).into_iter().filter(|_| was_primary) {
+            let first = u64::from(extent) * BITS_PER_AL_EXTENT / 64;
+            for word in first..first + BITS_PER_AL_EXTENT / 64 {
+                if let Some(word) = attached.bitmap.get_mut(usize::try_from(word).unwrap_or(usize::MAX)) {
+                    *word = u64::MAX;
+                }
+            }
+        }
+        attached.bitmap.resize(usize::try_from(to.bitmap_bytes() / 8).unwrap_or(0), u64::MAX);
+        attached.capacity = to.capacity();
+        let superblock = &mut attached.superblock;
+        superblock.md_size_sect = to.md_size_sect();
+        superblock.al_offset = to.al_offset();
+        superblock.bm_offset = to.bm_offset();
+        superblock.flags |= flags::AL_CLEAN;
+        superblock.magic = MAGIC_CLEAN;
+        let left_behind = to.left_behind(&self.layout);
+        self.layout = to;
+        self.apply(&MetaWrite::AlInit);
+        for (page, words) in (0..).zip(attached.bitmap.chunks(BLOCK_BYTES / 8)) {
+            let mut block = [0; BLOCK_BYTES];
+            for (bytes, word) in block.chunks_exact_mut(8).zip(words) {
+                bytes.copy_from_slice(&word.to_le_bytes());
+            }
+            self.blocks.insert(self.layout.bitmap_page_byte(page), block);
+        }
+        self.blocks.insert(self.layout.superblock_byte(), attached.superblock.encode());
+        self.blocks.extend(left_behind.map(|place| (place, [0; BLOCK_BYTES])));
     }
 }

@@ -430,6 +430,30 @@ impl History {
         }
     }
 
+    /// What binds in a node's view of a volume, by record: for [`Self::restore_view`].
+    #[must_use]
+    pub fn save_view(&self, node: usize, volume: usize) -> Vec<(u64, bool)> {
+        let of = |record: &Record| (record.fate[node].replaces, record.fate[node].stable);
+        self.records.iter().map(|r| if r.volume == volume { of(r) } else { (NEVER, false) }).collect()
+    }
+
+    /// A node's view of a volume binds as it did when it was saved.
+    pub fn restore_view(&mut self, node: usize, volume: usize, saved: &[(u64, bool)]) {
+        for number in 1..u32::try_from(self.records.len()).unwrap_or(u32::MAX) {
+            let record = &mut self.records[number as usize];
+            if record.volume == volume {
+                let (replaces, stable) = saved.get(number as usize).copied().unwrap_or((NEVER, false));
+                (record.fate[node].replaces, record.fate[node].stable) = (replaces, stable);
+                if replaces != NEVER && !stable {
+                    self.unsettled[node].push(number);
+                }
+                self.ask_again(number, node);
+            }
+        }
+        self.unsettled[node].sort_unstable();
+        self.unsettled[node].dedup();
+    }
+
     /// Nothing binds any longer in a node's view of a volume.
     pub fn forget_view(&mut self, node: usize, volume: usize) {
         for number in 1..u32::try_from(self.records.len()).unwrap_or(u32::MAX) {
