@@ -1,7 +1,7 @@
 //! A disk that does not answer: `disk-timeout` (SEM §21, §25), and whose buffers are whose then (S33).
 use lockstep_replicator::core::config::{OnNoData, Protocol};
 use lockstep_replicator::core::event::{AdminCommand, RequestOp};
-use lockstep_replicator::core::state::{ConnState, DiskState};
+use lockstep_replicator::core::state::{ConnState, DiskState, ReplState};
 use lockstep_tests::sim::node::VOLUME;
 use lockstep_tests::sim::script::{load, open, pair_with, pass, quiet, status, verb, waits_for, within};
 use lockstep_tests::sim::{Options, World};
@@ -260,4 +260,27 @@ fn down_ends_when_the_disk_it_waits_for_is_given_up() {
             assert!(world.nodes[0].disk_open[0], "let go while IO is on its way");
         }
     }
+}
+
+/// A target whose metadata write hangs never says that it is the older copy: what its source holds back for that
+/// word is ended by `ko-count`, as a mirrored write is.
+#[test]
+fn a_target_that_cannot_say_that_it_is_older_is_given_up() {
+    let mut options = Options::new(950);
+    (options.net.ko_count, options.net.timeout_ms) = (2, 1000);
+    let mut world = pair_with(options);
+    stick(&mut world, 1, FOREVER);
+    world.admin(0, "invalidate-remote", AdminCommand::InvalidateRemote(VOLUME));
+    within(&mut world, 1000, |w| w.state(0).is_some_and(|s| s.3 == ReplState::WFBitMapS));
+    world.request(0, RequestOp::Write, 800, 8, false);
+    pass(&mut world, 1500);
+    assert_eq!(open(&world, 0), 1);
+    assert!(waits_for(&world, 0, &["n1 to note that its copy is the older one (1 write(s) held back)"]));
+    within(&mut world, 1000, |w| open(w, 0) == 0);
+    assert_eq!(world.failed_requests, 0);
+    assert!(world.state(0).unwrap().2 < ConnState::Connected);
+    world.crash(1, false);
+    world.nodes[1].disks[0].faults.stick = None;
+    world.start(1);
+    quiet(&mut world);
 }

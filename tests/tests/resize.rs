@@ -324,6 +324,47 @@ fn the_connection_may_end_after_any_message_of_a_resize() {
     assert!(n > 10, "only {n} messages were cut");
 }
 
+/// The new area is resynced between copies of one generation. What the source is asked to write before the target is
+/// durably the older copy is not told done: the target may be all that is left. Simulator, `--features two,resize --seed 12102`.
+#[test]
+fn a_target_that_never_heard_of_its_resync_may_go_on_alone() {
+    for seed in 0..10 {
+        let devices = GROWTHS[4];
+        let mut world = pair(200 + seed, devices);
+        quiet_writes(&mut world);
+        world.options.weather.notice_ms = 5000;
+        grow_devices_clean(&mut world, devices);
+        let options = ResizeOptions::default();
+        world.admin(1, "resize", AdminCommand::Resize { volume: VOLUME, options });
+        ok(&mut world, 5000, |w| w.state(0).is_some_and(|s| s.3 == ReplState::WFBitMapS));
+        assert_eq!(world.state(1).unwrap().1, DiskState::UpToDate);
+        world.crash(1, false);
+        load(&mut world, 0, 3);
+        world.run(60);
+        assert_eq!(world.state(0).unwrap().3, ReplState::WFBitMapS, "seed {seed}: it has not noticed");
+        assert_eq!(world.nodes[0].requests.len(), 3, "nothing is told done");
+        let waits = world.status(0).map(|status| status.waiting_for).unwrap_or_default();
+        assert!(waits.iter().any(|wait| wait.contains("older one (3 write(s) held back)")), "{waits:?}");
+        if seed % 2 == 0 {
+            // It learns that it is alone, and says so.
+            ok(&mut world, 9000, World::idle);
+            assert_eq!(world.failed_requests, 0);
+        } else {
+            world.crash(0, seed % 4 == 1);
+            world.start(1);
+            ok(&mut world, 2000, |w| w.state(1).is_some_and(|s| s.1 == DiskState::UpToDate));
+            let promoted = verb(&mut world, 1, "primary", AdminCommand::Primary { force: false });
+            assert_eq!(promoted, Ok(()));
+            load(&mut world, 1, 3);
+            ok(&mut world, 5000, World::idle);
+            world.crash(1, false);
+            world.start(0);
+        }
+        world.start(1);
+        settled(&mut world, devices.after());
+    }
+}
+
 #[test]
 fn with_assume_clean_nothing_is_copied() {
     let devices = GROWTHS[4];

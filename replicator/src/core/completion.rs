@@ -206,7 +206,12 @@ impl Resource {
                 return;
             }
             let at_peer_only = good && request.local != Leg::Ok && request.op != RequestOp::Read;
-            if at_peer_only && self.degradation_unknown(volume) {
+            let noted_only = good && request.peer == Leg::None && request.op != RequestOp::Read;
+            let untold = noted_only && self.target_untold(volume);
+            if untold {
+                self.arm_ko();
+            }
+            if untold || (at_peer_only && self.degradation_unknown(volume)) {
                 if !self.devices[volume].gated.contains(&key) {
                     self.devices[volume].gated.push(key);
                 }
@@ -216,6 +221,16 @@ impl Resource {
             self.complete_request(key, if good { Ok(()) } else { Err(RequestError::Io) });
         }
         self.forget_if_done(key);
+    }
+
+    /// What held writes back may have ended without a word of its own. Called after each input.
+    pub(super) fn progress_held(&mut self, volume: usize) {
+        let device = &self.devices[volume];
+        let held =
+            device.uuid_gate.is_some() || self.degradation_unknown(volume) || self.target_untold(volume);
+        if !device.gated.is_empty() && !held {
+            self.retry_held(volume);
+        }
     }
 
     /// The disk of these writes is let go: what it took before it is used again is not relied on.

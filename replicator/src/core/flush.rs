@@ -77,7 +77,7 @@ impl Resource {
             }
         }
         self.timers.stop(Timer::Ko);
-        if !self.tl.is_empty() {
+        if !self.tl.is_empty() || self.target_untold_since().is_some() {
             self.arm_ko();
         }
         self.try_complete_flushes();

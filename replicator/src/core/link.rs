@@ -320,7 +320,8 @@ impl Resource {
     pub(super) fn on_ko(&mut self) {
         let net = &self.cfg.net;
         let limit_ms = net.ko_count * net.timeout_ms;
-        let (Some(opened), true) = (self.tl.oldest_opened(), limit_ms != 0) else { return };
+        let oldest = [self.tl.oldest_opened(), self.target_untold_since()].into_iter().flatten().min();
+        let (Some(opened), true) = (oldest, limit_ms != 0) else { return };
         if self.now >= opened.plus_ms(limit_ms) {
             let why = format!("the peer left a write unanswered for {limit_ms} ms (ko-count x timeout)");
             self.drop_session(ConnState::Timeout, &why);

@@ -385,6 +385,7 @@ impl Resource {
             }
             self.progress_repair(volume);
             self.progress_congestion(volume);
+            self.progress_held(volume);
         }
         self.progress_down();
         self.progress_fencing();

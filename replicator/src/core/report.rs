@@ -176,7 +176,7 @@ impl Resource {
         waits.extend(self.role_waits());
         waits.extend(self.handlers_running().map(|name| format!("the handler {} to end", name.name())));
         waits.extend((0..self.devices.len()).filter_map(|volume| self.disk_wait(volume, now)));
-        for device in &self.devices {
+        for (at, device) in self.devices.iter().enumerate() {
             let nr = device.nr.0;
             match &device.procedure {
                 Some(DiskProcedure::Attach { step, .. }) => {
@@ -221,6 +221,12 @@ impl Resource {
             }
             if matches!(device.repl, ReplState::WFBitMapS | ReplState::WFBitMapT | ReplState::WFSyncUUID) {
                 waits.push(format!("volume {nr}: the bitmap exchange with {peer}"));
+            }
+            if device.uuid_gate.is_none() && self.target_untold(at) && !device.gated.is_empty() {
+                let held = device.gated.len();
+                waits.push(format!(
+                    "volume {nr}: {peer} to note that its copy is the older one ({held} write(s) held back)"
+                ));
             }
         }
         if !self.parked.is_empty() {

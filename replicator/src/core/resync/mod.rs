@@ -8,7 +8,8 @@
 //! Against application I/O:
 //!
 //! * In WFBitMapS a write is marked, announced and written locally only. All those notes stand in the
-//!   stream before SyncUuid, so the target knows them before its first request (S01).
+//!   stream before SyncUuid, so the target knows them before its first request (S01). Where both nodes have one
+//!   generation, it completes when the target's bits came: those it sends when it is durably the older copy.
 //! * In SyncSource a write is mirrored; when both copies are done both sides clear the blocks it covers.
 //! * The source holds the range from before its read until the answer is in the stream, and no longer:
 //!   what the application writes there afterwards is sent behind the answer. A mirrored write the target
@@ -224,6 +225,21 @@ impl Resource {
         if self.devices[volume].resync.as_ref().is_some_and(waits) {
             self.send_bitmap(volume);
         }
+    }
+
+    /// Both nodes have one generation, and the target has not said yet that its copy is the older one: were this node
+    /// gone, that copy would be believed. What is noted and not sent is not told done before (I13).
+    pub(in crate::core) fn target_untold(&self, volume: usize) -> bool {
+        let device = &self.devices[volume];
+        let untold = |resync: &Resync| resync.source && !resync.peer_sent_last;
+        device.uuids.bitmap == 0 && device.resync.as_ref().is_some_and(untold)
+    }
+
+    /// Since when a target owes the word that writes are held back for.
+    pub(in crate::core) fn target_untold_since(&self) -> Option<Time> {
+        let holds = |volume: &usize| !self.devices[*volume].gated.is_empty() && self.target_untold(*volume);
+        let since = |volume: usize| self.devices[volume].resync.as_ref().map(|resync| resync.started);
+        (0..self.devices.len()).filter(holds).filter_map(since).min()
     }
 
     /// A fresh pace: blocks move from now on.
