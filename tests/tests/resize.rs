@@ -1,7 +1,8 @@
 //! Online resize: both backing disks grew, or the volume shall shrink; cut at every metadata write and
 //! after every message.
 use lockstep_proto::Message;
-use lockstep_replicator::core::event::{AdminCommand, Event, Refusal, RequestOp};
+use lockstep_replicator::core::config::Fencing;
+use lockstep_replicator::core::event::{AdminCommand, Event, HandlerName, Refusal, RequestOp};
 use lockstep_replicator::core::resize::ResizeOptions;
 use lockstep_replicator::core::state::{ConnState, DiskState, ReplState};
 use lockstep_replicator::meta::{Layout, MetaKind};
@@ -46,8 +47,13 @@ impl Devices {
 
 /// A pair in sync on the old sizes, node 0 Primary.
 fn pair(seed: u64, devices: Devices) -> World {
+    pair_with(seed, devices, |_| {})
+}
+
+fn pair_with(seed: u64, devices: Devices, change: impl FnOnce(&mut Options)) -> World {
     let mut options = Options::new(seed);
     options.sectors = devices.after();
+    change(&mut options);
     let mut world = World::new(options);
     for node in &mut world.nodes {
         node.disks[0].meta.real = Some(RealArea::new(devices.kind, devices.old.0, devices.old.1));
@@ -361,6 +367,47 @@ fn a_target_that_never_heard_of_its_resync_may_go_on_alone() {
             world.start(0);
         }
         world.start(1);
+        settled(&mut world, devices.after());
+    }
+}
+
+/// Writes that fencing froze keep their places in the activity log, so no metadata moves; the peer that would end the
+/// freeze waits for the end of the resize. It is called off. Simulator, seed 200044.
+#[test]
+fn a_freeze_calls_off_a_resize_that_waits_for_the_log() {
+    for asked in 0..2 {
+        let devices = GROWTHS[0];
+        let mut world = pair_with(210 + asked as u64, devices, |options| {
+            options.net.fencing = Fencing::ResourceAndStonith;
+        });
+        quiet_writes(&mut world);
+        world.handler_answers.insert((0, HandlerName::FencePeer), Some(1));
+        grow_devices_clean(&mut world, devices);
+        let at_step = |w: &World, node: usize, step: &str| {
+            let waits = w.status(node).map(|status| status.waiting_for).unwrap_or_default();
+            waits.iter().any(|wait| wait.contains("resize, step") && wait.contains(step))
+        };
+        let resize_now = || AdminCommand::Resize { volume: VOLUME, options: ResizeOptions::default() };
+        let mut id = 0;
+        if asked == 1 {
+            id = world.admin(1, "resize", resize_now());
+            ok(&mut world, 200, |w| at_step(w, 1, "AskPeer"));
+        }
+        load(&mut world, 0, 5);
+        if asked == 0 {
+            id = world.admin(0, "resize", resize_now());
+        }
+        ok(&mut world, 100, |w| at_step(w, 0, "Drain"));
+        world.cut(true);
+        world.run(200);
+        assert!(!world.nodes[0].requests.is_empty(), "frozen");
+        let refused = world.nodes[asked].answers[&id].clone().unwrap_err();
+        let why = if asked == 0 { "IO frozen by fencing" } else { "before the peer told its size" };
+        assert!(refused.facts.iter().any(|fact| fact.contains(why)), "{refused:?}");
+        world.heal();
+        settled(&mut world, devices.before());
+        assert_eq!(world.failed_requests, 0);
+        assert_eq!(resize(&mut world, asked, ResizeOptions::default()), Ok(()));
         settled(&mut world, devices.after());
     }
 }

@@ -247,6 +247,12 @@ impl Resource {
                 if idle && !referenced {
                     self.step(volume, ResizeStep::OldBitmap);
                     self.write_bitmap(volume, BitmapThen::Disk);
+                } else if referenced && self.suspension.is_frozen() {
+                    // The writes in the log may wait for the peer, and a handshake for the end of this.
+                    let facts = self.suspend_waits(self.now);
+                    let advice = format!("resize again when IO goes on: drbdadm status {}", self.cfg.name);
+                    let text = "In transient state, retry after next state change";
+                    self.end_resize(volume, Err(refusal(-18, text, facts, &advice)));
                 }
             }
             ResizeStep::Settle => {

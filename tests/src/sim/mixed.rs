@@ -53,8 +53,7 @@ pub enum Feature {
 }
 
 impl Feature {
-    /// All of them, with their names and how many seeds of a hundred have them. 0: switched off, see
-    /// `docs/decisions.md`.
+    /// All of them, with their names and how many seeds of a hundred have them.
     pub const ALL: &[(Self, &str, u64)] = &[
         (Self::Verify, "verify", 15),
         (Self::Csums, "csums", 15),
@@ -67,7 +66,7 @@ impl Feature {
         (Self::Adjust, "adjust", 15),
         (Self::Al, "al", 10),
         (Self::Protocol, "protocol", 8),
-        (Self::Resize, "resize", 0),
+        (Self::Resize, "resize", 8),
     ];
 
     /// Drawn from a generator of its own: what was added later changes nothing for seeds that do not have it.

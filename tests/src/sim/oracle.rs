@@ -13,7 +13,7 @@
 //! | now and then, and at each crash | 10: `marks.rs` |
 //! | in sync and idle | 2: equal disks, no mark; 1 and 3 for both; no buffer left; 6: nobody's writes went away |
 use super::blocks::Blocks;
-use super::history::{NEVER, Past};
+use super::history::{NEVER, Past, SavedView};
 use super::world::World;
 use lockstep_proto::Message;
 use lockstep_replicator::core::config::Protocol;
@@ -63,7 +63,7 @@ pub struct Oracle {
     failed: BTreeSet<u32>,
     /// By node and volume: it goes on from the other's copy without a disk of its own, and has not been in
     /// sync since. What bound its own disk before.
-    borrows: [Vec<Option<Vec<(u64, bool)>>>; 2],
+    borrows: [Vec<Option<SavedView>>; 2],
     /// A resync to this node began and has not ended: what the volume holds is a mixture.
     was_target: [Vec<bool>; 2],
     /// Verbs that change what is allowed, on which node, and what was before.

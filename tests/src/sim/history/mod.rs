@@ -45,6 +45,9 @@ pub struct Fate {
     pub sent: bool,
 }
 
+/// By record: from when on it replaced what was before in a view, and whether it was stable there.
+pub type SavedView = Vec<(u64, bool)>;
+
 const OPEN: Fate =
     Fate { end: NEVER, replaces: NEVER, stable: false, dead: false, landed: false, sent: false };
 
@@ -432,13 +435,13 @@ impl History {
 
     /// What binds in a node's view of a volume, by record: for [`Self::restore_view`].
     #[must_use]
-    pub fn save_view(&self, node: usize, volume: usize) -> Vec<(u64, bool)> {
+    pub fn save_view(&self, node: usize, volume: usize) -> SavedView {
         let of = |record: &Record| (record.fate[node].replaces, record.fate[node].stable);
         self.records.iter().map(|r| if r.volume == volume { of(r) } else { (NEVER, false) }).collect()
     }
 
     /// A node's view of a volume binds as it did when it was saved.
-    pub fn restore_view(&mut self, node: usize, volume: usize, saved: &[(u64, bool)]) {
+    pub fn restore_view(&mut self, node: usize, volume: usize, saved: &SavedView) {
         for number in 1..u32::try_from(self.records.len()).unwrap_or(u32::MAX) {
             let record = &mut self.records[number as usize];
             if record.volume == volume {
