@@ -1,20 +1,17 @@
-"""The peers of the comparison. Each serves a disk over files in RAM, and knows its processes.
+"""What is measured: a disk over files in RAM and the processes behind it. Here are the plain file and QEMU; lockstep is in
+`lockstep.py`, GlusterFS in `gluster.py`.
 
-Replication goes over TCP within the machine for every peer that replicates, `QemuUnix` excepted. All but GlusterFS
-(`gluster.py`) serve NBD on a unix socket.
+Replication goes over TCP within the machine for every peer that replicates, `QemuUnix` excepted. All but GlusterFS serve
+NBD on a unix socket.
 """
 
 import json
 import os
 import socket
-import subprocess
-import sys
 import time
-from dataclasses import dataclass
 
 from procs import BenchError, wait_for
 
-HERE = os.path.dirname(os.path.abspath(__file__))
 HOST = "127.0.0.1"
 CHUNK = 1 << 20
 
@@ -27,10 +24,13 @@ def free_port():
 
 
 def make_file(path, size, content="zero"):
-    """A file whose pages are all there, so that no peer pays for their allocation while it is measured. `content`: "zero"
-    or "random"."""
+    """A file whose pages are all there, so that no peer pays for their allocation while it is measured. `content`: "zero",
+    "random", or "sparse" for one without any pages."""
     with open(path, "wb") as file:
-        os.posix_fallocate(file.fileno(), 0, size)
+        if content == "sparse":
+            file.truncate(size)
+        else:
+            os.posix_fallocate(file.fileno(), 0, size)
         if content == "random":
             noise = os.urandom(16 * CHUNK)
             for at in range(0, size, len(noise)):
@@ -49,6 +49,11 @@ def require_equal(name, one, other, size, zeroes=False):
             written = written or block.strip(b"\0") != b""
     if written == zeroes:
         raise BenchError(f"{name}: {'not all is zero' if zeroes else 'nothing was written'}")
+
+
+def nbd_target(export, path):
+    """What tells fio of an NBD export on a unix socket."""
+    return ["--ioengine=nbd", f"--uri=nbd+unix:///{export}?socket={path}"]
 
 
 class Peer:
@@ -96,7 +101,7 @@ class Peer:
 
     def serves_nbd(self, export, path):
         """The disk is an NBD export on a unix socket."""
-        self.target = ["--ioengine=nbd", f"--uri=nbd+unix:///{export}?socket={path}"]
+        self.target = nbd_target(export, path)
 
     def start(self):
         """Starts it, to where `target` can be measured."""
@@ -226,151 +231,3 @@ class QemuUnix(Qemu):
 
     def wait_link(self, process):
         self.wait_socket("secondary", self.path("link"), process)
-
-
-class Lockstep(Peer):
-    """Two lockstep daemons."""
-
-    resource = "bench"
-    nodes = ("alice", "bob")
-
-    def __init__(self, processes, folder, size, program, variant, statements=()):
-        self.name = variant.name
-        self.about = variant.about
-        super().__init__(processes, folder, size)
-        self.program = program
-        self.variant = variant
-        self.statements = statements
-        # Of the link between the nodes; None: as fast as it is.
-        self.round_trip_ms = None
-
-    def start(self):
-        self.start_nodes()
-        self.verb(self.nodes[0], "primary", "--force", self.resource)
-        wait_for("lockstep's disks to be UpToDate", 60, self.in_sync)
-        self.export()
-
-    def export(self):
-        """Waits for the NBD server of the node that is Primary."""
-        path = os.path.join(self.path(self.nodes[0]), f"{self.resource}.nbd.sock")
-        wait_for("lockstep's NBD export", 20, lambda: os.path.exists(path))
-        self.serves_nbd(self.resource, path)
-
-    def start_nodes(self):
-        """Both daemons with the resource up and connected, both Secondary."""
-        # The metadata stands behind the data: 1 MiB is its log and superblock, the rest more than the bitmap needs.
-        room = (4 << 20) + self.size // 16384
-        ports = {node: free_port() for node in self.nodes}
-        for node, content in zip(self.nodes, self.contents):
-            os.mkdir(self.path(node))
-            make_file(self.path(f"{node}.disk"), self.size + room, content)
-        # What the other node has to call to reach a node.
-        called = {node: self.delayed(node, port) for node, port in ports.items()}
-        for node in self.nodes:
-            config = self.path(f"{node}.conf")
-            with open(config, "w", encoding="utf-8") as file:
-                file.write(self.configuration({each: (ports if each == node else called)[each] for each in self.nodes}))
-            self.must("-c", config, "--node", node, "create-md", "--force", self.resource)
-            command = [self.program, "daemon", "-c", config, "--node", node, "--run-dir", self.path(node), "--no-mlock"]
-            role = "primary" if node == self.nodes[0] else "secondary"
-            process = self.start_process(role, command)
-            try:
-                wait_for(f"the daemon of {node}", 20, lambda node=node: self.answers(node), process)
-            except BenchError as error:
-                raise BenchError(f"{error}\n{self.processes.tail(f'{self.name}-{role}')}") from error
-        for node in self.nodes:
-            self.verb(node, "up", self.resource)
-        wait_for("lockstep's nodes to meet", 20, lambda: self.link()["connection-state"] == "Connected")
-
-    def delayed(self, node, port):
-        """The port of a proxy in front of a node's, if the link has a delay."""
-        if self.round_trip_ms is None:
-            return port
-        proxy = free_port()
-        command = [sys.executable, os.path.join(HERE, "delay.py"), str(proxy), str(port), str(self.round_trip_ms)]
-        self.processes.start(f"{self.name}-delay-{node}", command)
-        return proxy
-
-    def configuration(self, ports):
-        """The resource, with these ports of the nodes."""
-        hosts = ""
-        for at, node in enumerate(self.nodes):
-            hosts += f"    on {node} {{\n        device /dev/drbd{950 + at};\n        disk {self.path(f'{node}.disk')};\n"
-            hosts += f"        address {HOST}:{ports[node]};\n        meta-disk internal;\n    }}\n"
-        extra = "".join(f"    {line}\n" for line in self.statements)
-        head = f"    protocol {self.variant.protocol};\n    net {{ connect-int 1; }}\n"
-        front_end = f"    lockstep {{ front-end nbd; spin-us {self.variant.spin_us}; }}\n"
-        return f"resource {self.resource} {{\n{head}{front_end}{extra}{hosts}}}\n"
-
-    def link(self):
-        """What the primary says of its connection."""
-        return json.loads(self.verb(self.nodes[0], "status", "--json", self.resource))[0]["connections"][0]
-
-    def command(self, *arguments):
-        """Runs the command to its end."""
-        command = [self.program, *arguments]
-        nothing = subprocess.DEVNULL
-        return subprocess.run(command, stdin=nothing, capture_output=True, text=True, timeout=60, check=False)
-
-    def must(self, *arguments):
-        """Runs the command, which has to succeed."""
-        done = self.command(*arguments)
-        if done.returncode != 0:
-            text = (done.stderr or done.stdout).strip()
-            raise BenchError(f"`lockstep {' '.join(arguments)}` ended with {done.returncode}: {text}")
-        return done.stdout
-
-    def verb(self, node, *arguments):
-        """Runs a verb on a node's daemon."""
-        return self.must("--run-dir", self.path(node), *arguments)
-
-    def answers(self, node):
-        """A daemon that answers may say that the resource is not up; 20 says that nobody answers."""
-        return self.command("--run-dir", self.path(node), "role", self.resource).returncode != 20
-
-    def settle(self):
-        """Waits until the peer has what was answered before it had it (protocol A and B)."""
-        wait_for("lockstep's peer to have everything", 60, lambda: self.link()["ap-in-flight"] == 0)
-
-    def in_sync(self):
-        """Both disks UpToDate and nothing left to copy, as the primary sees it."""
-        done = self.command("--run-dir", self.path(self.nodes[0]), "status", "--json", self.resource)
-        if done.returncode != 0:
-            return False
-        status = json.loads(done.stdout)[0]
-        device = status["devices"][0]
-        links = [volume for link in status["connections"] for volume in link["peer_devices"]]
-        return device["disk-state"] == "UpToDate" and any(
-            volume["peer-disk-state"] == "UpToDate"
-            and volume["replication-state"] == "Established"
-            and volume["out-of-sync"] == 0
-            for volume in links
-        )
-
-    def verify(self, zeroes=False):
-        if not self.in_sync():
-            raise BenchError("lockstep: no longer in sync after the last job")
-        require_equal(self.name, *(self.path(f"{node}.disk") for node in self.nodes), self.size, zeroes)
-
-
-@dataclass(frozen=True)
-class Variant:
-    """How lockstep is configured, and under which name that is measured."""
-
-    name: str
-    about: str
-    protocol: str = "C"
-    spin_us: int = 0
-
-
-SPIN_US = 30
-VARIANTS = {
-    it.name: it
-    for it in (
-        Variant("lockstep", "two lockstep daemons, protocol C, NBD front end"),
-        Variant("lockstep-spin", f"the same, spin-us {SPIN_US}", spin_us=SPIN_US),
-        Variant("lockstep-b", "the same, protocol B", protocol="B"),
-        Variant("lockstep-a", "the same, protocol A", protocol="A"),
-        Variant("baseline", "the lockstep given with --baseline, protocol C"),
-    )
-}

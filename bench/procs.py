@@ -133,6 +133,13 @@ def cpu_seconds(pid):
     return (int(fields[11]) + int(fields[12])) / CLOCK_TICKS
 
 
+def resident_bytes(pid):
+    """Memory of a process that is in RAM, without what it shares with files."""
+    with open(f"/proc/{pid}/status", encoding="utf-8") as status:
+        fields = dict(line.split(":", 1) for line in status)
+    return (int(fields["RssAnon"].split()[0]) + int(fields["RssShmem"].split()[0])) << 10
+
+
 class MachineCpu:
     """Share of the machine's CPU time that went to others while something of ours was measured."""
 

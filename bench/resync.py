@@ -8,7 +8,8 @@ import os
 import shutil
 import time
 
-from peers import VARIANTS, Lockstep, Qemu
+from lockstep import VARIANTS, Lockstep
+from peers import Qemu
 from procs import BenchError, Processes, wait_for
 
 KINDS = {
@@ -56,12 +57,12 @@ def lockstep(kind, peer, processes):
         peer.contents = ("zero", "zero")
     peer.start_nodes()
     begin = time.monotonic()
-    peer.verb(peer.nodes[0], "primary", "--force", peer.resource)
+    peer.verb(peer.nodes[0], "primary", "--force", "all")
     wait_for("lockstep's disks to be UpToDate", 600, peer.in_sync)
     moved, seconds = peer.size, time.monotonic() - begin
     if kind == "resync-quick":
         peer.export()
-        peer.verb(peer.nodes[1], "disconnect", peer.resource)
+        peer.verb(peer.nodes[1], "disconnect", "all")
         blocks = peer.size // 4096 // 100
         command = ["fio", "--name=scatter", *peer.target, "--rw=randwrite", "--bs=4k", "--iodepth=32"]
         command += [f"--size={peer.size}", f"--number_ios={blocks}", "--randrepeat=0"]
@@ -70,7 +71,7 @@ def lockstep(kind, peer, processes):
         if not 0 < moved <= blocks * 4096:
             raise BenchError(f"{moved} bytes are out of sync after {blocks} writes of 4 KiB")
         begin = time.monotonic()
-        peer.verb(peer.nodes[1], "connect", peer.resource)
+        peer.verb(peer.nodes[1], "connect", "all")
         wait_for("the quick resync", 120, peer.in_sync)
         seconds = time.monotonic() - begin
     peer.verify(zeroes=kind == "resync-zero")
@@ -79,7 +80,7 @@ def lockstep(kind, peer, processes):
 
 def out_of_sync(peer):
     """Bytes that the primary has marked."""
-    return peer.link()["peer_devices"][0]["out-of-sync"] << 10
+    return peer.links()[0]["peer_devices"][0]["out-of-sync"] << 10
 
 
 def qemu(kind, peer):
