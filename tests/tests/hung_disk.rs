@@ -284,3 +284,30 @@ fn a_target_that_cannot_say_that_it_is_older_is_given_up() {
     world.start(1);
     quiet(&mut world);
 }
+
+/// The same on a Secondary: there it is the detach of `down` that waits, and a disk that is given up is what it wanted.
+#[test]
+fn down_of_a_secondary_ends_when_the_disk_that_it_detaches_is_given_up() {
+    for late in [false, true] {
+        let mut world = pair_with(Options::new(620));
+        stick(&mut world, 1, if late { 20_000 * MS } else { FOREVER });
+        world.request(0, RequestOp::Write, 800, 8, false);
+        pass(&mut world, 100);
+        let down = world.admin(1, "down", AdminCommand::Down);
+        pass(&mut world, 6000);
+        assert_eq!((disk(&world, 1), open(&world, 0)), (DiskState::Detaching, 0));
+        assert!(
+            waits_for(&world, 1, &["not answered", "detach --force"]),
+            "{:?}",
+            status(&world, 1).waiting_for
+        );
+        let force = verb(&mut world, 1, "detach", AdminCommand::Detach { volume: VOLUME, force: true });
+        assert_eq!(force, Ok(()));
+        within(&mut world, 1000, |w| w.nodes[1].answers.contains_key(&down));
+        assert_eq!(world.nodes[1].answers[&down], Ok(()), "late {late}");
+        assert_eq!((disk(&world, 1), world.nodes[1].disk_open[0]), (DiskState::Diskless, true));
+        world.crash(1, false);
+        world.start(1);
+        quiet(&mut world);
+    }
+}

@@ -559,7 +559,8 @@ impl Resource {
             None => None,
         };
         self.devices[volume].procedure = Some(DiskProcedure::Failing { reply: None });
-        if let Some(reply) = pending {
+        // `down` wanted the disk away: that is what happens, and it goes on when it has.
+        if let Some(reply) = pending.filter(|reply| *reply != Reply::Internal) {
             let refused = refusal(
                 118,
                 "IO error(s) occurred during initial access to meta-data.",
