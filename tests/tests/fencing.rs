@@ -1,7 +1,7 @@
 //! Fencing: nothing goes on alone before the peer is known not to (SEM §16, §29.9; S46).
-use lockstep_replicator::core::config::Fencing;
+use lockstep_replicator::core::config::{AfterSb0Pri, AfterSb1Pri, Fencing};
 use lockstep_replicator::core::event::{AdminCommand, HandlerName, RequestOp};
-use lockstep_replicator::core::state::{ConnState, DiskState, Role};
+use lockstep_replicator::core::state::{ConnState, DiskState, ReplState, Role};
 use lockstep_replicator::meta::flags;
 use lockstep_tests::sim::script::{
     detach, handler_says, late_answer, load, open, pair_with, pass, quiet, runs, sectors, slow, status,
@@ -399,4 +399,51 @@ fn a_frozen_primary_may_die_and_lose_nothing() {
         quiet(&mut world);
         assert_eq!(world.state(0).unwrap().0, Role::Secondary);
     }
+}
+
+/// `call-pri-lost-after-sb` decides against a Primary that is frozen, which is in a split brain because a handler lied
+/// and the link went again when the nodes had just met. What waits there was told to nobody and is given up.
+#[test]
+fn a_frozen_primary_that_a_policy_decides_against_gives_up_what_it_held() {
+    let mut decided = 0;
+    for seed in 8400..8430 {
+        let mut options = Options::new(seed);
+        options.net.fencing = Fencing::ResourceAndStonith;
+        options.net.after_sb_0pri = AfterSb0Pri::DiscardLeastChanges;
+        options.net.after_sb_1pri = AfterSb1Pri::CallPriLostAfterSb;
+        let mut world = pair_with(options);
+        world.oracle.policies = true;
+        handler_says(&mut world, 0, FENCE, Some(4));
+        world.cut(true);
+        within(&mut world, 1000, |w| w.state(0).is_some_and(|s| s.2 == ConnState::Connecting));
+        world.request(0, RequestOp::Write, 64, 8, false);
+        within(&mut world, 1000, |w| open(w, 0) == 0);
+        handler_says(&mut world, 0, FENCE, None);
+        // Node 1 shall not hear of the meeting.
+        slow(&mut world, 1, 50);
+        world.heal();
+        within(&mut world, 5000, |w| w.state(0).is_some_and(|s| s.3 == ReplState::WFBitMapS));
+        world.cut(true);
+        slow(&mut world, 1, 0);
+        within(&mut world, 1000, |w| w.state(0).is_some_and(|s| s.2 == ConnState::Connecting));
+        if status(&world, 1).volumes[0].disk != DiskState::UpToDate {
+            continue;
+        }
+        decided += 1;
+        assert_eq!(status(&world, 0).suspended, ["fencing"], "seed {seed}");
+        load(&mut world, 0, 5);
+        world.request(0, RequestOp::Read, 0, 8, false);
+        world.flush(0);
+        handler_says(&mut world, 1, FENCE, Some(7));
+        within(&mut world, 1000, |w| w.state(1).is_some_and(|s| s.2 == ConnState::Connecting));
+        assert_eq!(verb(&mut world, 1, "primary", PRIMARY), Ok(()), "seed {seed}");
+        load(&mut world, 1, 30);
+        within(&mut world, 1000, |w| open(w, 1) == 0);
+        assert_eq!(verb(&mut world, 1, "secondary", AdminCommand::Secondary), Ok(()));
+        world.heal();
+        quiet(&mut world);
+        assert!(!world.is_primary(0) && open(&world, 0) == 0);
+        assert_eq!((world.failed_requests, status(&world, 0).suspended.len()), (7, 0), "seed {seed}");
+    }
+    assert!(decided > 5, "only {decided} times");
 }

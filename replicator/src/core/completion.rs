@@ -161,6 +161,9 @@ impl Resource {
             }
             let volume = request.volume;
             if self.suspension.is_frozen() {
+                if self.suspension.fails_frozen() {
+                    self.finish_request(key, Err(RequestError::Io));
+                }
                 return;
             }
             if request.again {

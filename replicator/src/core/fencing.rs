@@ -148,7 +148,8 @@ impl Resource {
             self.fence.failed = None;
             self.promotion_needs_no_fence();
         }
-        if self.suspension.is_frozen() {
+        // What a decision gave up stays frozen until this node is Secondary.
+        if self.suspension.is_frozen() && !self.suspension.fails_frozen() {
             let taking = |device: &super::device::Device| {
                 !matches!(
                     device.repl,

@@ -171,6 +171,10 @@ impl Resource {
             return;
         }
         if self.suspension.is_frozen() {
+            if self.suspension.fails_frozen() {
+                let id = self.flushes.remove(key).id;
+                self.out.push_back(Output::Complete { id, result: Err(RequestError::Io), data: None });
+            }
             return;
         }
         let device = &self.devices[flush.volume];

@@ -92,7 +92,10 @@ impl Resource {
         let ready = self.session.as_ref().is_some_and(|session| {
             session.handshake.hello_seen && session.handshake.sent.is_empty() && !session.handshake.done
         });
-        if !ready || self.disk_in_transit() || self.role_change_writes() || self.rx.is_orphaned() {
+        // Decided before: the nodes meet again when this one is no longer Primary.
+        let gives_way = self.discard_my_data && self.demoting();
+        if !ready || gives_way || self.disk_in_transit() || self.role_change_writes() || self.rx.is_orphaned()
+        {
             return;
         }
         if (0..self.devices.len()).any(|volume| self.md_busy(volume)) {
@@ -462,11 +465,14 @@ impl Resource {
             self.demote_loser(volume, me);
             return false;
         }
-        if decided.iter().any(|(_, d)| matches!(d.decided.outcome, Outcome::Retry(_))) {
-            self.drop_session(
-                ConnState::NetworkFailure,
-                "a Primary with good data would become the target (rr-conflict retry-connect)",
+        if let Some((_, retry)) = decided.iter().find(|(_, d)| matches!(d.decided.outcome, Outcome::Retry(_)))
+        {
+            let primary = if retry.target_would_be_me() { &self.cfg.node_name } else { &self.cfg.peer_name };
+            let why = format!(
+                "a Primary with good data would become the target (rr-conflict retry-connect); next: drbdadm secondary {} on {primary}",
+                self.cfg.name
             );
+            self.drop_session(ConnState::NetworkFailure, &why);
             return false;
         }
         true
@@ -513,6 +519,7 @@ impl Resource {
         self.discard_my_data = true;
         self.drop_session(ConnState::NetworkFailure, "becoming Secondary before the nodes meet again");
         self.demote(super::Reply::Internal);
+        self.fail_frozen();
     }
 
     /// Decides and acts for one volume of a session whose handshake is done.

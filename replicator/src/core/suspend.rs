@@ -6,6 +6,8 @@
 //! | no-data | a Primary without any good copy, `on-no-data-accessible suspend-io` | data is back; `resume-io` fails the requests |
 //! | fencing | a Primary lost its peer, `fencing resource-and-stonith` | the peer is fenced or back; `resume-io` |
 //!
+//! What is frozen fails when a split-brain policy demotes this Primary: its changes go.
+//!
 //! New requests are *parked* for every reason. Requests in hand go on under `user` (the verb answers
 //! when they are through); under `fencing` none completes; under `no-data` those wait that would fail.
 //!
@@ -16,7 +18,7 @@
 //! resync from: then repeated writes must not follow forgotten ones, and a restarted peer gets none.
 use super::config::OnNoData;
 use super::device::MirrorMode;
-use super::event::{AdminId, HandlerName, RequestError, RequestId, Severity};
+use super::event::{AdminId, HandlerName, Output, RequestError, RequestId, Severity};
 use super::handlers::Purpose;
 use super::state::{ConnState, DiskState, Role};
 use super::timer::Timer;
@@ -43,6 +45,8 @@ pub(super) struct Suspension {
     told_no_data: bool,
     /// Frozen until the lost peer's fate is known.
     fencing: bool,
+    /// What is frozen fails: a policy decided that the changes of this node go.
+    fails_frozen: bool,
     parked: VecDeque<Parked>,
     /// `suspend-io` that wait for requests in hand.
     draining: Vec<AdminId>,
@@ -54,6 +58,11 @@ impl Suspension {
     /// Frozen by fencing: nothing completes.
     pub(super) const fn is_frozen(&self) -> bool {
         self.fencing
+    }
+
+    /// What is frozen fails as soon as no disk is at it.
+    pub(super) const fn fails_frozen(&self) -> bool {
+        self.fails_frozen
     }
 
     /// Flushes that were not begun.
@@ -174,9 +183,28 @@ impl Resource {
     /// The peer's fate is known.
     pub(super) fn unfreeze(&mut self, why: &str) {
         if std::mem::replace(&mut self.suspension.fencing, false) {
+            self.suspension.fails_frozen = false;
             self.note(Severity::Info, format!("IO goes on: {why}"));
             self.thaw();
         }
+    }
+
+    /// The changes of this Primary go, by a policy, and it is being demoted. What is frozen was told to nobody: told
+    /// done now, it would be gone at once. It fails, and its blocks are marked.
+    pub(super) fn fail_frozen(&mut self) {
+        if !self.suspension.fencing {
+            return;
+        }
+        self.suspension.fails_frozen = true;
+        self.note(Severity::Error, "what was frozen fails: the changes of this node go");
+        for item in std::mem::take(&mut self.suspension.parked) {
+            let id = match item {
+                Parked::Request(key) => self.requests.remove(key).id,
+                Parked::Flush(id, _) => id,
+            };
+            self.out.push_back(Output::Complete { id, result: Err(RequestError::Io), data: None });
+        }
+        self.complete_held();
     }
 
     // ---- verbs ----------------------------------------------------------------------------------
@@ -223,6 +251,7 @@ impl Resource {
         }
         if self.suspension.fencing {
             self.suspension.fencing = false;
+            self.suspension.fails_frozen = false;
             self.note(Severity::Warning, "IO goes on by order, although the peer was not fenced");
         }
         self.thaw();
@@ -242,13 +271,7 @@ impl Resource {
                 self.new_generation_if_alone(volume);
             }
         }
-        let held: Vec<usize> = self.requests.iter().map(|(key, _)| key).collect();
-        for key in held {
-            if self.requests.contains(key) && self.requests[key].is_begun_write() {
-                self.try_complete(key);
-            }
-        }
-        self.try_complete_flushes();
+        self.complete_held();
         if self.io_suspended() {
             return;
         }
@@ -258,6 +281,16 @@ impl Resource {
                 Parked::Flush(id, volume) => self.on_flush(id, volume),
             }
         }
+    }
+
+    fn complete_held(&mut self) {
+        let held: Vec<usize> = self.requests.iter().map(|(key, _)| key).collect();
+        for key in held {
+            if self.requests.contains(key) && self.requests[key].is_begun_write() {
+                self.try_complete(key);
+            }
+        }
+        self.try_complete_flushes();
     }
 
     /// After each input: did a reason begin or end, is a drain through?

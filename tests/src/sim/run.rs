@@ -471,6 +471,21 @@ impl Run<'_> {
         }
     }
 
+    /// A frozen Primary that the other one went on without does not meet it: what its status names is done.
+    fn left_behind(&mut self) {
+        for node in 0..2 {
+            let apart =
+                self.world.state(node).is_some_and(|s| s.0 == Role::Primary && s.2 != ConnState::Connected);
+            let frozen = |world: &World| {
+                world.status(node).is_some_and(|status| status.suspended.iter().any(|why| why == "fencing"))
+            };
+            if apart && frozen(&self.world) {
+                self.world.trace(|| format!("the operator gives up what is frozen on n{node}"));
+                self.step_down(node, 1000);
+            }
+        }
+    }
+
     /// A disk that an error made Inconsistent (`on-io-error pass_on`) stays so until the nodes meet anew.
     fn meet_again(&mut self) {
         let stays = |node, volume| {
@@ -544,6 +559,9 @@ impl Run<'_> {
             if left % 20 == 10 {
                 self.accept_loss();
                 self.meet_again();
+                if left < 80 {
+                    self.left_behind();
+                }
             }
             self.pump(1000, |_| false);
             left -= 1;
