@@ -7,6 +7,7 @@ use lockstep_replicator::core::resize::ResizeOptions;
 use lockstep_replicator::core::state::{ConnState, DiskState, ReplState};
 use lockstep_replicator::meta::{Layout, MetaKind};
 use lockstep_replicator::units::{BlockRange, Sector, SectorCount};
+use lockstep_tests::sim::meta_area::MetaFate;
 use lockstep_tests::sim::node::VOLUME;
 use lockstep_tests::sim::real_area::RealArea;
 use lockstep_tests::sim::{Options, World};
@@ -223,6 +224,48 @@ fn a_node_may_stop_at_any_metadata_write_of_a_resize() {
         }
     }
     assert!(cuts > 150, "only {cuts} cuts");
+}
+
+/// A node that is alone knows what its peer misses by its bitmap only, and that moves. From the new superblock on, until
+/// the bitmap stands behind it, the flags say "everything", whatever lies there (SEM §26).
+#[test]
+fn a_move_that_is_cut_short_forgets_no_mark() {
+    let devices = GROWTHS[0];
+    for primary in [true, false] {
+        let mut n = 0;
+        loop {
+            let mut world = pair(300 + n, devices);
+            quiet(&mut world);
+            world.crash(1, false);
+            ok(&mut world, 1000, |w| w.state(0).is_some_and(|s| s.2 < ConnState::Connected));
+            load(&mut world, 0, 30);
+            ok(&mut world, 1000, World::idle);
+            if !primary {
+                assert_eq!(verb(&mut world, 0, "secondary", AdminCommand::Secondary), Ok(()));
+            }
+            for node in &mut world.nodes {
+                node.disks[0].meta.real.as_mut().expect("a real area").grow_stale(devices.new.0);
+            }
+            world.meta_fate = Some(MetaFate::New);
+            world.crash_at_meta = Some((0, n, false));
+            let options = ResizeOptions { assume_peer_has_space: true, ..ResizeOptions::default() };
+            world.admin(0, "resize", AdminCommand::Resize { volume: VOLUME, options });
+            world.run(500);
+            let reached = world.crash_at_meta.take().is_none();
+            assert_eq!(reached, world.nodes[0].core.is_none());
+            if reached {
+                world.start(0);
+            }
+            world.start(1);
+            quiet(&mut world);
+            if !reached {
+                settled(&mut world, devices.after());
+                break;
+            }
+            n += 1;
+        }
+        assert!(n > 5, "only {n} metadata writes");
+    }
 }
 
 /// A disk that fails in the middle of a resize ends it with an answer, on either node; it can be taken back, and

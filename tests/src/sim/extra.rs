@@ -93,7 +93,7 @@ impl Run<'_> {
             Extra::GrowDisk(node, bytes) => {
                 let area = &mut world.nodes[node].disks[0].meta.real;
                 area.as_mut().is_some_and(|area| {
-                    area.grow_to(bytes);
+                    area.grow_stale(bytes);
                     true
                 })
             }

@@ -61,8 +61,20 @@ impl RealArea {
         self.meta_bytes = meta_bytes;
     }
 
-    /// The data device has at least this size from now on.
-    pub fn grow_to(&mut self, data_bytes: u64) {
+    /// The data device has this size from now on, if that is more than it had. What it gains was in use before: where the
+    /// metadata will lie stand a log without extents and a bitmap without bits.
+    ///
+    /// # Panics
+    /// A device of this size cannot carry metadata.
+    pub fn grow_stale(&mut self, data_bytes: u64) {
+        let place = Layout::for_device(self.kind, data_bytes, self.meta_bytes, 1, 8);
+        let place = place.expect("devices large enough for metadata");
+        let log = (0..place.al_blocks()).map(|nr| (place.al_block_byte(nr), al_ring::initialised_block()));
+        let pages = place.bitmap_bytes().div_ceil(BLOCK_BYTES as u64);
+        let bitmap =
+            (0..pages).map(|page| (place.bitmap_byte() + page * BLOCK_BYTES as u64, [0; BLOCK_BYTES]));
+        let gained = log.chain(bitmap).filter(|(at, _)| *at >= self.data_bytes);
+        self.blocks.extend(gained);
         self.data_bytes = self.data_bytes.max(data_bytes);
     }
 
