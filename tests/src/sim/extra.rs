@@ -2,6 +2,7 @@
 use super::Rng;
 use super::mixed::{Extra, Feature, FenceHandler};
 use super::plan::pick;
+use super::real_area::RealArea;
 use super::run::Run;
 use super::world::{Asked, MS, World};
 use lockstep_replicator::core::config::{Fencing, OnIoError, Protocol, RateControl, VolumeConfig};
@@ -98,7 +99,13 @@ impl Run<'_> {
                 })
             }
             Extra::Resize(node) => {
-                let options = ResizeOptions::default();
+                // Alone, or beside a disk that is away, some operators look at the other device and vouch for it.
+                let bytes = |node: usize| {
+                    world.nodes[node].disks[0].meta.real.as_ref().map_or(0, RealArea::data_bytes)
+                };
+                let assume_peer_has_space =
+                    bytes(1 - node) >= bytes(node) && (world.now / MS).is_multiple_of(2);
+                let options = ResizeOptions { assume_peer_has_space, ..ResizeOptions::default() };
                 let resize = AdminCommand::Resize { volume: nr(0), options };
                 world.admin(node, "resize", resize) != 0
             }
@@ -196,6 +203,7 @@ impl Run<'_> {
                 self.fence_handler(node, FenceHandler::Honest, 1);
             }
         }
+        self.move_metadata();
         if self.has(Feature::Protocol) {
             // What one of them was told goes to both in the end.
             for node in 0..2 {
@@ -204,6 +212,18 @@ impl Run<'_> {
         }
         for node in 0..2 {
             self.let_go(node);
+        }
+    }
+
+    /// Nodes that parted because a volume grew past the other's disk: that has the room, once its metadata lies at
+    /// its end, which `resize` sees to.
+    pub(super) fn move_metadata(&mut self) {
+        for node in 0..2 {
+            let alone = self.world.state(node).is_some_and(|state| state.2 == ConnState::StandAlone);
+            if self.has(Feature::Resize) && alone {
+                let resize = AdminCommand::Resize { volume: VolumeNr(0), options: ResizeOptions::default() };
+                self.world.admin(node, "resize", resize);
+            }
         }
     }
 

@@ -78,6 +78,12 @@ impl RealArea {
         self.data_bytes = self.data_bytes.max(data_bytes);
     }
 
+    /// Size of the data device.
+    #[must_use]
+    pub const fn data_bytes(&self) -> u64 {
+        self.data_bytes
+    }
+
     /// The superblock that an attach would find, and where.
     #[must_use]
     pub fn located(&self) -> Option<(Superblock, Layout)> {

@@ -543,6 +543,9 @@ impl Run<'_> {
         let mut declared = 0;
         while left > 0 && self.world.broken.is_none() {
             self.world.heal();
+            if left % 10 == 6 {
+                self.move_metadata();
+            }
             for node in 0..2 {
                 self.mend(node);
                 self.start(node);
