@@ -66,6 +66,8 @@ pub struct Oracle {
     borrows: [Vec<Option<SavedView>>; 2],
     /// A resync to this node began and has not ended: what the volume holds is a mixture.
     was_target: [Vec<bool>; 2],
+    /// By node and volume: when it was last decided that its changes go.
+    given_up: [Vec<u64>; 2],
     /// Verbs that change what is allowed, on which node, and what was before.
     verbs: BTreeMap<u64, (usize, Verb)>,
     /// Checked since anything happened.
@@ -114,6 +116,7 @@ impl Oracle {
             failed: BTreeSet::new(),
             borrows: [vec![None; sizes.len()], vec![None; sizes.len()]],
             was_target: [vec![false; sizes.len()], vec![false; sizes.len()]],
+            given_up: [vec![0; sizes.len()], vec![0; sizes.len()]],
             verbs: BTreeMap::new(),
             quiet: false,
             met: 0,
@@ -192,6 +195,10 @@ impl World {
         }
         if data.len() as u64 != range.len().0 {
             return self.fail(format!("n{node}: a read of the wrong length"));
+        }
+        if issued < self.oracle.given_up[node][volume] {
+            // Asked for while the node's own changes counted, it may show them, or what replaces them.
+            return;
         }
         let first = usize::try_from(range.start().0).unwrap_or(usize::MAX);
         let wrong = self.history.wrong(node, volume, first, data, issued);
@@ -582,6 +589,8 @@ impl World {
         if !decided {
             let what = format!("becomes source and overwrites n{target} (I7)");
             self.settle_since(source, target, volume, &what, met);
+        } else {
+            self.oracle.given_up[target][volume] = self.now;
         }
         self.history.adopt_view(source, target, volume, None);
     }
