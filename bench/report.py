@@ -26,9 +26,10 @@ GLUSTER = ("gluster-fuse", "gluster-gfapi")
 NOISE_LIMIT = 0.05
 
 
-def build(root):
+def build(root, *features):
     """Builds the release of lockstep; gives the program's path."""
     command = ["cargo", "build", "--release", "-p", "lockstep-replicator", "--bin", "lockstep"]
+    command += [f"--features={','.join(features)}"] if features else []
     if subprocess.run(command, cwd=root, check=False).returncode != 0:
         raise BenchError("lockstep does not build")
     command = ["cargo", "metadata", "--no-deps", "--format-version", "1"]

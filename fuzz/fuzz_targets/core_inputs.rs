@@ -539,7 +539,7 @@ fn is_sound(message: &Message, payload: &Payload) -> bool {
         Payload::Buffer { len, .. } => usize::try_from(len.0.saturating_mul(512)).unwrap_or(usize::MAX),
         Payload::Bytes(bytes) => bytes.len(),
     };
-    frame::encode_head(message, len, 0, &mut Vec::new()).is_ok()
+    frame::encode_head(message, len, Some(0), &mut Vec::new()).is_ok()
 }
 
 fn check_sound(message: &Message, payload: &Payload) {

@@ -44,7 +44,7 @@ fn drain(input: &[u8]) {
                 assert!(decoder.rest().len() < before, "a frame has a length");
                 let mut again = Vec::new();
                 let crc = frame::payload_crc(payload);
-                frame::encode_head(&message, payload.len(), crc, &mut again)
+                frame::encode_head(&message, payload.len(), Some(crc), &mut again)
                     .expect("decoded, so it is sound");
                 again.extend_from_slice(payload);
                 let decoded = Decoder::new(&again).next_frame();

@@ -4,12 +4,12 @@
 //! offset  size  field           (all integers big-endian)
 //!      0     4  magic           "LKS1"
 //!      4     1  version         of this layout, 1
-//!      5     1  flags           0
+//!      5     1  flags           bit 0: the payload has no CRC (`data-integrity-alg none`)
 //!      6     2  type            `MessageType`
 //!      8     2  header_len      bytes, at most MAX_HEADER_BYTES
 //!     10     2  reserved        0
 //!     12     4  payload_len     bytes, as the type's `PayloadKind` allows
-//!     16     4  payload_crc32c  over the payload; 0 when there is none
+//!     16     4  payload_crc32c  over the payload; 0 when there is none, or with bit 0 of the flags
 //!     20     4  head_crc32c     over bytes 0..20 and the header
 //!     24        header          prost message of the type, `header_len` bytes
 //!               payload         `payload_len` bytes
@@ -38,6 +38,9 @@ pub const MAGIC: u32 = u32::from_be_bytes(*b"LKS1");
 /// Version of the frame layout. Not the protocol version, which `Hello` negotiates.
 pub const LAYOUT_VERSION: u8 = 1;
 
+/// Bit of the flags: the sender did not sum the payload. Only blocks may travel so.
+const FLAG_UNCHECKED: u8 = 1;
+
 /// Bytes of a sector on the wire, whatever the disks have.
 const SECTOR_BYTES: usize = 512;
 /// Bytes of a bitmap word on the wire.
@@ -65,7 +68,8 @@ pub fn payload_crc_append(crc: u32, piece: &[u8]) -> u32 {
 
 /// Appends head and header of one frame to `out`; the payload follows it on the wire by itself.
 ///
-/// `payload_len` is in bytes, `payload_crc` comes from [`payload_crc()`]. With enough spare capacity in `out`
+/// `payload_len` is in bytes, `payload_crc` comes from [`payload_crc()`]; `None` sends blocks without one, at the wish
+/// of an operator who has other means against damage on the way. With enough spare capacity in `out`
 /// (at most [`HEAD_BYTES`] + [`MAX_HEADER_BYTES`]) nothing is allocated.
 ///
 /// # Errors
@@ -74,7 +78,7 @@ pub fn payload_crc_append(crc: u32, piece: &[u8]) -> u32 {
 pub fn encode_head(
     message: &Message,
     payload_len: usize,
-    payload_crc: u32,
+    payload_crc: Option<u32>,
     out: &mut Vec<u8>,
 ) -> Result<(), FrameError> {
     let kind = message.message_type();
@@ -87,19 +91,24 @@ pub fn encode_head(
     check_message(message, payload_len)?;
     let payload_len_wire = u32::try_from(payload_len)
         .map_err(|_| FrameError::PayloadTooLong { kind, got_bytes: payload_len })?;
-    if payload_len == 0 && payload_crc != 0 {
-        return Err(FrameError::CrcOfNothing { kind, got: payload_crc });
-    }
+    let flags = match payload_crc {
+        Some(got) if payload_len == 0 && got != 0 => return Err(FrameError::CrcOfNothing { kind, got }),
+        None if payload_len > 0 && kind.payload_kind() != PayloadKind::Blocks => {
+            return Err(FrameError::Unchecked { kind });
+        }
+        None if payload_len > 0 => FLAG_UNCHECKED,
+        Some(_) | None => 0,
+    };
 
     let start = out.len();
     out.reserve(HEAD_BYTES.saturating_add(header_len));
     out.extend_from_slice(&MAGIC.to_be_bytes());
-    out.extend_from_slice(&[LAYOUT_VERSION, 0]);
+    out.extend_from_slice(&[LAYOUT_VERSION, flags]);
     out.extend_from_slice(&(kind as u16).to_be_bytes());
     out.extend_from_slice(&header_len_wire.to_be_bytes());
     out.extend_from_slice(&[0, 0]);
     out.extend_from_slice(&payload_len_wire.to_be_bytes());
-    out.extend_from_slice(&payload_crc.to_be_bytes());
+    out.extend_from_slice(&payload_crc.unwrap_or(0).to_be_bytes());
     let prefix_crc = crc32c::crc32c(out.split_at(start).1);
     out.extend_from_slice(&[0; 4]); // the CRC, once the header stands behind it
     message.encode_header(out);
@@ -121,7 +130,8 @@ pub struct Head {
     kind: MessageType,
     header_len: u16,
     payload_len: u32,
-    payload_crc: u32,
+    /// `None`: the sender did not sum it.
+    payload_crc: Option<u32>,
     /// CRC over bytes 0..20 as received.
     prefix_crc: u32,
     /// What the sender says that CRC is, once carried on over the header.
@@ -144,7 +154,7 @@ impl Head {
         if version != LAYOUT_VERSION {
             return Err(FrameError::Version { got: version });
         }
-        if flags != 0 {
+        if flags & !FLAG_UNCHECKED != 0 {
             return Err(FrameError::Flags { got: flags });
         }
         let reserved = u16::from_be_bytes([r0, r1]);
@@ -161,10 +171,15 @@ impl Head {
         let payload_len = u32::from_be_bytes([l0, l1, l2, l3]);
         // On a 16-bit machine the length would not fit; it is over the limit there as well.
         check_payload_len(kind, usize::try_from(payload_len).unwrap_or(usize::MAX))?;
-        let payload_crc = u32::from_be_bytes([p0, p1, p2, p3]);
-        if payload_len == 0 && payload_crc != 0 {
-            return Err(FrameError::CrcOfNothing { kind, got: payload_crc });
+        let crc = u32::from_be_bytes([p0, p1, p2, p3]);
+        let unchecked = flags & FLAG_UNCHECKED != 0;
+        if unchecked && (payload_len == 0 || kind.payload_kind() != PayloadKind::Blocks) {
+            return Err(FrameError::Unchecked { kind });
         }
+        if (unchecked || payload_len == 0) && crc != 0 {
+            return Err(FrameError::CrcOfNothing { kind, got: crc });
+        }
+        let payload_crc = (!unchecked).then_some(crc);
         let (prefix, _) = bytes.split_at(HEAD_PREFIX_BYTES);
         let head_crc = u32::from_be_bytes([c0, c1, c2, c3]);
         Ok(Self { kind, header_len, payload_len, payload_crc, prefix_crc: crc32c::crc32c(prefix), head_crc })
@@ -194,9 +209,10 @@ impl Head {
         sectors_of(self.payload_len as usize)
     }
 
-    /// What the sender computed over the payload. Proven only together with the head, by `decode_message`.
+    /// What the sender computed over the payload; `None`: nothing, and nothing is there to be compared. Proven only
+    /// together with the head, by `decode_message`.
     #[must_use]
-    pub const fn payload_crc(&self) -> u32 {
+    pub const fn payload_crc(&self) -> Option<u32> {
         self.payload_crc
     }
 
@@ -225,16 +241,15 @@ impl Head {
         Ok(message)
     }
 
-    /// Compares the CRC that the caller computed over the received payload with the one in the head.
+    /// Compares the CRC over the received payload, which `compute` gives, with the one in the head. It is not computed
+    /// where the sender sent none.
     ///
     /// # Errors
     /// They differ: the payload must not be used.
-    pub const fn check_payload(&self, crc_computed: u32) -> Result<(), FrameError> {
-        if crc_computed == self.payload_crc {
-            Ok(())
-        } else {
-            Err(FrameError::PayloadCrc { kind: self.kind, expected: self.payload_crc, got: crc_computed })
-        }
+    pub fn check_payload(&self, compute: impl FnOnce() -> u32) -> Result<(), FrameError> {
+        let Some(expected) = self.payload_crc else { return Ok(()) };
+        let got = compute();
+        if got == expected { Ok(()) } else { Err(FrameError::PayloadCrc { kind: self.kind, expected, got }) }
     }
 }
 
@@ -397,7 +412,7 @@ impl<'a> Decoder<'a> {
         let Some((payload, behind)) = behind.split_at_checked(head.payload_len()) else {
             return Ok(Decoded::NeedMore { bytes: head.payload_len().saturating_sub(behind.len()) });
         };
-        head.check_payload(payload_crc(payload))?;
+        head.check_payload(|| payload_crc(payload))?;
         self.rest = behind;
         Ok(Decoded::Frame { message, payload })
     }
@@ -435,7 +450,7 @@ pub enum FrameError {
         got: u8,
     },
     /// No flag is defined yet.
-    #[error("expected frame flags 0, got {got:#04x}: run the same lockstep release on both nodes")]
+    #[error("expected frame flags 0 or 1, got {got:#04x}: run the same lockstep release on both nodes")]
     Flags {
         /// The flags received.
         got: u8,
@@ -509,6 +524,12 @@ pub enum FrameError {
         kind: MessageType,
         /// The CRC found.
         got: u32,
+    },
+    /// A payload without a CRC where there must be one, or the word for that beside an empty payload.
+    #[error("{kind:?} says that its payload has no CRC, which only blocks may do")]
+    Unchecked {
+        /// Type of the message.
+        kind: MessageType,
     },
     /// Head or header changed on the way.
     #[error(
@@ -609,6 +630,7 @@ impl FrameError {
             | Self::PayloadUneven { .. }
             | Self::PayloadMismatch { .. }
             | Self::CrcOfNothing { .. }
+            | Self::Unchecked { .. }
             | Self::Header { .. }
             | Self::RangeEmpty { .. }
             | Self::RangeTooLong { .. }

@@ -220,7 +220,7 @@ fn message_and_payload() -> impl Strategy<Value = (Message, Vec<u8>)> {
 
 fn encode(message: &Message, payload: &[u8]) -> Vec<u8> {
     let mut wire = Vec::new();
-    frame::encode_head(message, payload.len(), frame::payload_crc(payload), &mut wire)
+    frame::encode_head(message, payload.len(), Some(frame::payload_crc(payload)), &mut wire)
         .expect("the strategies make sound messages");
     wire.extend_from_slice(payload);
     wire
@@ -252,7 +252,7 @@ fn forge_message(message: &Message, payload: &[u8]) -> Vec<u8> {
 /// The error that both sides must agree on: refused by the encoder, and by the decoder if a peer sends it anyway.
 fn refused(message: &Message, payload: &[u8]) -> FrameError {
     let mut out = b"before".to_vec();
-    let encoding = frame::encode_head(message, payload.len(), frame::payload_crc(payload), &mut out)
+    let encoding = frame::encode_head(message, payload.len(), Some(frame::payload_crc(payload)), &mut out)
         .expect_err("the encoder must refuse");
     assert_eq!(out, b"before", "a refused message leaves no bytes behind");
     let decoding = Decoder::new(&forge_message(message, payload)).next_frame().expect_err("and the decoder");
@@ -310,7 +310,7 @@ proptest! {
             Ok(Decoded::Frame { message, payload }) => {
                 prop_assert_eq!(message.message_type(), kind);
                 let mut again = Vec::new();
-                frame::encode_head(&message, payload.len(), frame::payload_crc(payload), &mut again)?;
+                frame::encode_head(&message, payload.len(), Some(frame::payload_crc(payload)), &mut again)?;
             }
             Ok(Decoded::NeedMore { .. }) => prop_assert!(false, "the frame is whole"),
             Err(error) => prop_assert_eq!(error.kind(), FrameErrorKind::PeerBrokeProtocol),
@@ -419,7 +419,7 @@ fn lengths_are_refused_from_the_head_alone() {
         Err(FrameError::UnknownType { got: 0xffff })
     );
     assert_eq!(head(&|h| h[4] = 2), Err(FrameError::Version { got: 2 }));
-    assert_eq!(head(&|h| h[5] = 1), Err(FrameError::Flags { got: 1 }));
+    assert_eq!(head(&|h| h[5] = 2), Err(FrameError::Flags { got: 2 }));
     assert_eq!(head(&|h| h[11] = 1), Err(FrameError::Reserved { got: 1 }));
     let http = head(&|h| h[..4].copy_from_slice(b"GET "));
     assert_eq!(http, Err(FrameError::Magic { got: 0x4745_5420 }));
@@ -429,9 +429,41 @@ fn lengths_are_refused_from_the_head_alone() {
 #[test]
 fn a_head_without_payload_must_have_crc_zero() {
     let mut out = Vec::new();
-    let refused = frame::encode_head(&Message::Ping(v1::Ping {}), 0, 1, &mut out);
+    let refused = frame::encode_head(&Message::Ping(v1::Ping {}), 0, Some(1), &mut out);
     assert_eq!(refused, Err(FrameError::CrcOfNothing { kind: MessageType::Ping, got: 1 }));
     assert_eq!(frame::payload_crc(&[]), 0);
+}
+
+#[test]
+fn blocks_may_travel_without_a_crc_and_nothing_else_may() {
+    let payload = vec![7; 1024];
+    let message = Message::Data(v1::Data::default());
+    let mut wire = Vec::new();
+    frame::encode_head(&message, payload.len(), None, &mut wire).expect("blocks");
+    wire.extend_from_slice(&payload);
+    assert_eq!(decode_all(&wire), Ok(vec![(message, payload)]));
+    let head = Head::decode(wire.first_chunk().expect("a head")).expect("sound head");
+    assert_eq!(head.payload_crc(), None);
+    assert_eq!(head.check_payload(|| unreachable!("nobody sums it")), Ok(()));
+    // Its head is proven as ever.
+    wire[22] ^= 1;
+    assert_eq!(decode_all(&wire).expect_err("damaged").kind(), FrameErrorKind::Damaged);
+
+    let bitmap = Message::Bitmap(v1::Bitmap::default());
+    let unchecked = FrameError::Unchecked { kind: MessageType::Bitmap };
+    assert_eq!(frame::encode_head(&bitmap, 8, None, &mut Vec::new()), Err(unchecked.clone()));
+    let mut forged = encode(&bitmap, &[1; 8]);
+    forged[5] = 1;
+    assert_eq!(decode_all(&forged), Err(unchecked));
+    let mut forged = encode(&Message::Ping(v1::Ping {}), &[]);
+    forged[5] = 1;
+    assert_eq!(decode_all(&forged), Err(FrameError::Unchecked { kind: MessageType::Ping }));
+    let mut forged = encode(&Message::Data(v1::Data::default()), &[7; 512]);
+    forged[5] = 1;
+    assert!(
+        matches!(decode_all(&forged), Err(FrameError::CrcOfNothing { .. })),
+        "a CRC that nobody is to look at"
+    );
 }
 
 #[test]
@@ -496,7 +528,7 @@ fn a_reply_must_be_as_long_as_it_says() {
 fn a_text_longer_than_a_header_is_refused_before_it_is_sent() {
     let message = Message::TearDown(v1::TearDown { reason: "x".repeat(MAX_HEADER_BYTES) });
     let mut out = Vec::new();
-    let refused = frame::encode_head(&message, 0, 0, &mut out).expect_err("too long");
+    let refused = frame::encode_head(&message, 0, Some(0), &mut out).expect_err("too long");
     assert_eq!(
         refused,
         FrameError::HeaderTooLong { kind: MessageType::TearDown, got_bytes: MAX_HEADER_BYTES + 3 }

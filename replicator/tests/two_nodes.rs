@@ -68,6 +68,10 @@ fn config(id: u32) -> ResourceConfig {
 
 impl Node {
     fn start(dir: &Path, id: u32, addresses: [SocketAddr; 2]) -> Self {
+        Self::start_with(dir, id, addresses, true)
+    }
+
+    fn start_with(dir: &Path, id: u32, addresses: [SocketAddr; 2], sums_blocks: bool) -> Self {
         // Only what RUST_LOG asks for; a second test finds it set up already.
         let logging = tracing_subscriber::fmt()
             .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
@@ -79,12 +83,13 @@ impl Node {
         let options = CreateOptions { force: true, ..CreateOptions::default() };
         create(&disk, MetaKind::Internal, None, &options, &mut Silent).unwrap();
         let [local, peer] = if id == 0 { addresses } else { [addresses[1], addresses[0]] };
-        Self { handle: Self::launch(id, local, peer), disk, local, peer, id }
+        Self { handle: Self::launch(id, local, peer, sums_blocks), disk, local, peer, id }
     }
 
-    fn launch(id: u32, local: SocketAddr, peer: SocketAddr) -> ResourceHandle {
+    fn launch(id: u32, local: SocketAddr, peer: SocketAddr, sums_blocks: bool) -> ResourceHandle {
         let mut runtime = RuntimeConfig::new(config(id), local, peer);
         runtime.buffer_bytes = 16 << 20;
+        runtime.sums_blocks = sums_blocks;
         ResourceHandle::start(runtime, &tokio::runtime::Handle::current()).unwrap()
     }
 
@@ -243,9 +248,11 @@ fn pattern(seed: u64, length: usize) -> Vec<u8> {
     (0..length as u64).map(|at| (seed.wrapping_mul(31).wrapping_add(at / 7 + at) % 251) as u8).collect()
 }
 
-async fn mirrored(dir: &Path) {
+/// `sums_blocks`: for each node, whether it sends blocks with a CRC.
+async fn mirrored(dir: &Path, sums_blocks: [bool; 2]) {
     let addresses = [free_address(), free_address()];
-    let [left, right] = [Node::start(dir, 0, addresses), Node::start(dir, 1, addresses)];
+    let [left, right] = [(0, sums_blocks[0]), (1, sums_blocks[1])]
+        .map(|(id, sums)| Node::start_with(dir, id, addresses, sums));
     left.up().await;
     right.up().await;
     left.connected().await;
@@ -314,7 +321,15 @@ async fn mirrored(dir: &Path) {
 
 #[tokio::test]
 async fn writes_reach_both_disks_through_the_ring() {
-    mirrored(tempfile::tempdir().unwrap().path()).await;
+    mirrored(tempfile::tempdir().unwrap().path(), [true; 2]).await;
+}
+
+/// `data-integrity-alg none` on both nodes, and on one: each says for itself what it sends.
+#[tokio::test]
+async fn writes_reach_both_disks_without_a_crc() {
+    for sums_blocks in [[false, false], [false, true]] {
+        mirrored(tempfile::tempdir().unwrap().path(), sums_blocks).await;
+    }
 }
 
 #[tokio::test]
@@ -323,7 +338,7 @@ async fn writes_reach_both_disks_in_memory() {
         eprintln!("skipped: no tmpfs at /dev/shm");
         return;
     }
-    mirrored(tempfile::tempdir_in("/dev/shm").unwrap().path()).await;
+    mirrored(tempfile::tempdir_in("/dev/shm").unwrap().path(), [true; 2]).await;
 }
 
 #[tokio::test]
@@ -338,7 +353,7 @@ async fn a_peer_that_comes_back_is_taken_again() {
         // Gone without a word, as after a crash of the process.
         right.handle.clone().stop().await;
         left.wait_for("the loss", |_, conn, _, _| conn != ConnState::Connected).await;
-        right.handle = Node::launch(right.id, right.local, right.peer);
+        right.handle = Node::launch(right.id, right.local, right.peer, true);
         right.up().await;
         left.connected().await;
         right.connected().await;

@@ -18,17 +18,17 @@ kernel_drbd_load() {
 # kernel_create_md MINOR DISK
 kernel_create_md() { within 60 "$DRBDMETA" --force "$1" v08 "$2" internal create-md </dev/null >/dev/null; }
 
-# kernel_attach RES MINOR DISK: what `drbdadm up` does before it connects.
+# kernel_attach RES MINOR DISK [OPTIONS…]: what `drbdadm up` does before it connects.
 kernel_attach() {
     [[ -n $(drbdsetup show "$1" 2>/dev/null) ]] || within 30 drbdsetup new-resource "$1"
     within 30 drbdsetup new-minor "$1" "$2" 0
     within 30 drbdmeta "$2" v08 "$3" internal apply-al
-    within 30 drbdsetup attach "$2" "$3" "$3" internal
+    within 30 drbdsetup attach "$2" "$3" "$3" internal "${@:4}"
 }
 
 # kernel_connect RES LOCAL_PORT PEER_PORT [OPTIONS…]
 kernel_connect() {
-    within 30 drbdsetup connect "$1" "ipv4:127.0.0.1:$2" "ipv4:127.0.0.1:$3" --protocol=C "${@:4}"
+    within 30 drbdsetup connect "$1" "ipv4:127.0.0.1:$2" "ipv4:127.0.0.1:$3" "--protocol=${KERNEL_PROTOCOL:-C}" "${@:4}"
 }
 
 # The line of /proc/drbd for a minor, and single values of it: cs, ro, ds; oos is in KiB.

@@ -226,9 +226,12 @@ pub fn local(loaded: &Loaded, name: &str, node: &str, run_dir: &Path) -> Result<
         _ => Preference::Auto,
     };
     let spin_us = option(&table::SPIN_US).number(&table::SPIN_US);
+    // Unset, or the name of any digest: CRC-32C, which is our default.
+    let sums_blocks = connection.net.text(&table::DATA_INTEGRITY_ALG) != "none";
     Ok(LocalResource {
         runtime: RuntimeConfig {
             spin_us: u32::try_from(spin_us).unwrap_or(u32::MAX),
+            sums_blocks,
             handlers: handlers(resource, host, (local_addr, peer_addr)),
             ..RuntimeConfig::new(core, local_addr, peer_addr)
         },

@@ -114,6 +114,8 @@ pub(super) struct Driver {
     inbox_fd: Rc<OwnedFd>,
     outside: Outside,
     spin: Duration,
+    /// `data-integrity-alg` is not `none`.
+    sums_blocks: bool,
     /// Something came in over a socket in this turn.
     busy: bool,
     stop_deadline: Option<Time>,
@@ -133,6 +135,7 @@ pub(super) struct Parts {
     pub(super) config: crate::core::config::ResourceConfig,
     pub(super) seed: u64,
     pub(super) spin_us: u32,
+    pub(super) sums_blocks: bool,
     pub(super) buffer_bytes: usize,
     pub(super) inbox: Arc<Inbox>,
     pub(super) handlers: HandlerPlan,
@@ -169,6 +172,7 @@ impl Driver {
             inbox_fd: Rc::new(parts.inbox_fd),
             outside: parts.outside,
             spin: Duration::from_micros(parts.spin_us.into()),
+            sums_blocks: parts.sums_blocks,
             busy: false,
             stop_deadline: None,
         }
@@ -464,7 +468,7 @@ impl Driver {
         }
         self.last_session += 1;
         let session = SessionId(self.last_session);
-        self.session = Some(self.peers.insert(Peer::new(session, socket)));
+        self.session = Some(self.peers.insert(Peer::new(session, socket, self.sums_blocks)));
         self.outside.wish.send_modify(|wish| wish.connect = false);
         self.core.handle(self.now, Input::PeerConnected(session));
     }

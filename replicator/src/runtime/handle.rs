@@ -38,6 +38,9 @@ pub struct RuntimeConfig {
     /// How long the thread looks for more work before it sleeps, microseconds. Default 0: not at all. Up to 30 makes
     /// single requests faster where a CPU is free; it costs that CPU while there is traffic.
     pub spin_us: u32,
+    /// Whether blocks are sent to the peer with a CRC-32C. Default: yes. Heads, headers and bitmaps always have one; without
+    /// it, damage to data on the way is found by a verify only.
+    pub sums_blocks: bool,
     /// Bound on payload buffers, bytes. Default 256 MiB, at least 16 MiB.
     pub buffer_bytes: usize,
     /// The operator's handlers. Default: none.
@@ -53,6 +56,7 @@ impl RuntimeConfig {
             local_addr,
             peer_addr,
             spin_us: 0,
+            sums_blocks: true,
             buffer_bytes: DEFAULT_POOL_BYTES,
             handlers: HandlerPlan::default(),
         }
@@ -158,6 +162,7 @@ impl ResourceHandle {
             config: config.core,
             seed,
             spin_us: config.spin_us,
+            sums_blocks: config.sums_blocks,
             buffer_bytes: config.buffer_bytes,
             inbox: Arc::clone(&inbox),
             handlers: config.handlers,

@@ -1,7 +1,7 @@
 //! One transport to the peer on the ring: frames in, frames out.
 //!
 //! A frame that breaks the protocol ends the transport with its reason; nothing of it reaches the core. Payloads are
-//! received into pool buffers and proven by their CRC once; a payload that is sent on or sent twice is not summed
+//! received into pool buffers and proven by their CRC, if they have one, once; a payload that is sent on or sent twice is not summed
 //! again (`BufferRef::crc`).
 //!
 //! ```text
@@ -27,6 +27,8 @@ const CLOSE_LIMIT_MS: u64 = 1000;
 #[derive(Debug)]
 pub(super) struct Peer {
     pub(super) session: SessionId,
+    /// Blocks are sent with a CRC (`data-integrity-alg`); what comes is checked if it has one.
+    sums_blocks: bool,
     fd: Rc<OwnedFd>,
     receiver: Receiver,
     sender: Sender,
@@ -46,9 +48,10 @@ enum State {
 
 impl Peer {
     /// A transport over a connected, blocking-mode socket.
-    pub(super) fn new(session: SessionId, socket: OwnedFd) -> Self {
+    pub(super) fn new(session: SessionId, socket: OwnedFd, sums_blocks: bool) -> Self {
         Self {
             session,
+            sums_blocks,
             fd: Rc::new(socket),
             receiver: Receiver::new(),
             sender: Sender::new(),
@@ -85,13 +88,15 @@ impl Peer {
             return Ok(());
         }
         let (len, crc, payload) = match payload {
-            Payload::None => (0, 0, SendPayload::None),
+            Payload::None => (0, Some(0), SendPayload::None),
             Payload::Buffer { id, len } => {
                 let buffer = pool.get(id);
                 let len = usize::try_from(len.0 * SECTOR_BYTES).unwrap_or(usize::MAX);
-                (len, buffer.crc(len), SendPayload::Buffer(buffer, len))
+                (len, self.sums_blocks.then(|| buffer.crc(len)), SendPayload::Buffer(buffer, len))
             }
-            Payload::Bytes(bytes) => (bytes.len(), frame::payload_crc(&bytes), SendPayload::Bytes(bytes)),
+            Payload::Bytes(bytes) => {
+                (bytes.len(), Some(frame::payload_crc(&bytes)), SendPayload::Bytes(bytes))
+            }
         };
         self.sender.push_with(|out| frame::encode_head(message, len, crc, out), payload)
     }
@@ -125,7 +130,7 @@ impl Peer {
                 self.receiver.begin_payload(buffer);
             }
             let Some(buffer) = self.receiver.take_payload() else { return Ok(None) };
-            let checked = head.check_payload(buffer.crc(len));
+            let checked = head.check_payload(|| buffer.crc(len));
             checked.map_err(|error| LostReason::Protocol(error.to_string()))?;
             match head.kind().payload_kind() {
                 PayloadKind::BitmapWords => Payload::Bytes(buffer.to_bytes()),

@@ -73,7 +73,7 @@ options! {
         V8, Used;
     DATA_INTEGRITY_ALG: Net, "data-integrity-alg",
         Kind::Text { max_len: 63 },
-        V8, AcceptedWithoutMeaning("every frame carries a checksum anyway");
+        V8, Used;
     TCP_CORK: Net, "tcp-cork", boolean(true), V8, Known;
     ON_CONGESTION: Net, "on-congestion",
         Kind::Choice { values: &["block", "pull-ahead", "disconnect"], default: "block" },
