@@ -1,11 +1,12 @@
 //! The node that takes the peer's writes (SEM §7, §8): what becomes of them, and of their barriers, when link and disk
 //! go in the middle of it.
 use lockstep_replicator::core::config::{OnIoError, Protocol};
-use lockstep_replicator::core::event::{AdminCommand, RequestOp};
+use lockstep_replicator::core::event::{AdminCommand, HandlerName, RequestOp};
 use lockstep_replicator::core::state::{ConnState, DiskState, ReplState};
 use lockstep_tests::sim::node::VOLUME;
 use lockstep_tests::sim::script::{
-    detach, fail_metas, fail_writes, open, pair_with, pass, quiet, status, verb, waits_for, within,
+    detach, fail_metas, fail_writes, handler_says, open, pair_with, pass, quiet, sectors, status, verb,
+    waits_for, within,
 };
 use lockstep_tests::sim::{Options, World};
 
@@ -129,4 +130,36 @@ fn a_disk_that_is_given_up_before_the_peer_answers_its_attach() {
         quiet(&mut world);
     }
     assert!(met >= 10, "its superblock was being written in {met} of 20");
+}
+
+/// Under protocol B a write in memory was promised. One volume is about to begin a resync and holds everything up; what
+/// waits for the other volume is written when the Primary is lost.
+#[test]
+fn a_promised_write_outlives_its_sender_while_another_volume_begins_a_resync() {
+    for seed in 0..10 {
+        let mut options = Options::new(500 + seed);
+        options.net.protocol = Protocol::B;
+        options.more_volumes = vec![32 * 2048];
+        let mut world = pair_with(options);
+        detach(&mut world, 1);
+        world.request(0, RequestOp::Write, 800, 8, false);
+        within(&mut world, 2000, |w| open(w, 0) == 0);
+        let before = sectors(&world, 1).to_vec();
+        handler_says(&mut world, 1, HandlerName::BeforeResyncTarget, None);
+        world.attach(1);
+        within(&mut world, 2000, |w| w.state(1).is_some_and(|state| state.3 == ReplState::WFSyncUUID));
+        // Told done, and kept back there: one for each volume.
+        world.request(0, RequestOp::Write, 80, 8, false);
+        world.request_on(0, 1, RequestOp::Write, 80, 8, false);
+        within(&mut world, 2000, |w| open(w, 0) == 0);
+        assert_eq!(world.nodes[1].disks[1].sectors()[80..88], [0; 8], "seed {seed}");
+        world.crash(0, true);
+        within(&mut world, 2000, |w| w.state(1).is_some_and(|state| state.2 < ConnState::Connected));
+        pass(&mut world, 300);
+        assert_eq!(sectors(&world, 1), before, "the older copy is left as it is, seed {seed}");
+        assert_ne!(world.nodes[1].disks[1].sectors()[80..88], [0; 8], "seed {seed}");
+        handler_says(&mut world, 1, HandlerName::BeforeResyncTarget, Some(0));
+        world.start(0);
+        quiet(&mut world);
+    }
 }

@@ -482,20 +482,34 @@ impl Resource {
     /// The connection is gone. What the disk was told finishes without an answer; the rest is dropped, as if
     /// it had been lost on the way (`docs/invariants.md`, "A write that never came"), except under protocol
     /// B, where it was acknowledged as safe from the loss of its sender: that is written, epoch by epoch.
+    ///
+    /// While a resync is about to begin, a disk that is not good takes none of them: it is the older copy anyway, and
+    /// must not change before it says that it is Inconsistent (I5).
     pub(super) fn abort_receive(&mut self) {
         self.rx.orphaned = true;
-        let promised = self.peer_requests.iter().any(|(_, write)| write.received_acked && !write.on_disk);
-        let keep = !self.rx.hold && promised && !self.planted(Fault::ReceivedForgotten);
-        self.rx.hold = false;
+        let held = std::mem::take(&mut self.rx.hold);
+        let devices = &self.devices;
+        let lands = |write: &PeerRequest| !held || devices[write.volume].disk == DiskState::UpToDate;
+        let waits = |write: &PeerRequest| write.received_acked && !write.on_disk && lands(write);
+        let promised = self.peer_requests.iter().any(|(_, write)| waits(write));
+        let keep = promised && !self.planted(Fault::ReceivedForgotten);
+        let unwanted: Vec<usize> =
+            self.peer_requests.iter().filter(|(_, write)| !lands(write)).map(|(key, _)| key).collect();
         let queue = std::mem::take(&mut self.rx.queue);
         self.rx.queued_reads = 0;
         self.rx.reads_behind.clear();
         if keep {
             // What came before it as well: a later write is nowhere without the earlier ones (I6).
-            self.rx.queue = queue
-                .into_iter()
-                .filter(|item| matches!(item, Queued::Write(_) | Queued::Barrier(_)))
-                .collect();
+            for item in queue {
+                match item {
+                    Queued::Write(key) if unwanted.contains(&key) => self.drop_peer_write(key),
+                    Queued::Write(_) | Queued::Barrier(_) => self.rx.queue.push_back(item),
+                    Queued::Read(_)
+                    | Queued::ResyncRead(..)
+                    | Queued::VerifyRead(_)
+                    | Queued::ResyncReply { .. } => {}
+                }
+            }
             self.try_end_epoch();
             self.drain_receive_queue();
         } else {
