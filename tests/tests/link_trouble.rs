@@ -192,3 +192,21 @@ fn signs_of_life_of_another_transport_do_not_count() {
     assert_eq!(world.state(0).unwrap().1, DiskState::UpToDate);
     assert_eq!(verb(&mut world, 0, "primary", AdminCommand::Primary { force: false }), Ok(()));
 }
+
+/// I6 across sessions: no barrier stands between the last write of a lost session and the first of the next one, so
+/// the receiving disk is flushed before its node is met again. Otherwise a loss of power could keep the later
+/// one and forget the earlier one, which was answered before the later one was issued.
+#[test]
+fn what_a_lost_session_wrote_is_stable_before_the_nodes_meet_again() {
+    let mut world = pair_with(Options::new(77));
+    quiet(&mut world);
+    world.request(0, RequestOp::Write, 800, 8, false);
+    within(&mut world, 1000, |w| open(w, 0) == 0);
+    world.cut(false);
+    let volatile = |w: &World| w.nodes[1].disks[0].volatile().has(100);
+    assert!(volatile(&world), "nothing was at stake");
+    within(&mut world, 10_000, |w| w.state(1).is_some_and(|s| s.2 < ConnState::Connected));
+    within(&mut world, 10_000, |w| w.state(1).is_some_and(|s| s.2 == ConnState::Connected));
+    assert!(!volatile(&world), "the nodes have met, and a write of the time before is in the cache only");
+    quiet(&mut world);
+}

@@ -93,6 +93,9 @@ pub(super) struct ReceiveEpochs {
     /// The session of these epochs is gone: what was started, or was acknowledged as received, is
     /// finished before a new session announces anything and before this node becomes Primary.
     orphaned: bool,
+    /// Of a lost session: the flush behind its last write was begun. The first writes of the next session come
+    /// after what was answered in this one (I6), and no barrier stands between them.
+    last_flush: bool,
 }
 
 impl ReceiveEpochs {
@@ -407,24 +410,23 @@ impl Resource {
             // The peer must not take for stable what a disk lost that it takes for good.
             return;
         }
+        self.flush_epoch();
+        if self.rx.flushing == 0 {
+            self.end_epoch();
+        }
+    }
+
+    /// Makes stable what the disks were told, with the method "flush".
+    fn flush_epoch(&mut self) {
         for volume in 0..self.devices.len() {
             let device = &self.devices[volume];
             let dirty = device.writes_flushed < device.writes_done && !self.planted(Fault::SkipEpochFlush);
             if device.writable() && dirty && device.cfg.write_ordering == WriteOrdering::Flush {
                 let writes = device.writes_done;
                 self.rx.flushing += 1;
-                self.submit_io(
-                    volume,
-                    DiskOp::Flush,
-                    None,
-                    false,
-                    None,
-                    IoContext::EpochFlush { volume, writes },
-                );
+                let context = IoContext::EpochFlush { volume, writes };
+                self.submit_io(volume, DiskOp::Flush, None, false, None, context);
             }
-        }
-        if self.rx.flushing == 0 {
-            self.end_epoch();
         }
     }
 
@@ -561,6 +563,10 @@ impl Resource {
 
     /// Writes of a lost session are still on their way to the disk.
     fn forget_orphaned_epochs(&mut self) {
+        if self.rx.orphaned && self.rx.is_drained() && !self.rx.last_flush {
+            self.rx.last_flush = true;
+            self.flush_epoch();
+        }
         if self.rx.orphaned && self.rx.is_drained() {
             self.rx = ReceiveEpochs::default();
             self.handshake_try_send();
