@@ -1,9 +1,10 @@
 //! Stories of online verify: what it finds, what it must not call a difference, and how it is repaired.
 use lockstep_replicator::core::config::{Protocol, RateControl, ResyncConfig};
 use lockstep_replicator::core::event::{AdminCommand, Event, HandlerName, RequestOp};
-use lockstep_replicator::core::state::{ConnState, ReplState};
+use lockstep_replicator::core::state::{ConnState, DiskState, ReplState};
 use lockstep_replicator::units::Sector;
 use lockstep_tests::sim::node::VOLUME;
+use lockstep_tests::sim::script::{open, waits_for};
 use lockstep_tests::sim::{Options, World};
 
 fn options(seed: u64) -> Options {
@@ -255,4 +256,36 @@ fn a_disk_that_leaves_ends_a_verify() {
         world.attach(victim);
         quiet(&mut world);
     }
+}
+
+/// I6: under protocol A writes that came before stand behind a barrier while blocks are copied that may be newer. The
+/// target is not good before it has them.
+#[test]
+fn a_resync_does_not_end_before_the_writes_that_came_before_it() {
+    let mut options = options(9);
+    options.net.protocol = Protocol::A;
+    let mut world = pair(options);
+    rot(&mut world, 1);
+    assert_eq!(verify(&mut world, 0, VERIFY), (4, 0));
+    world.nodes[1].disks[0].faults.stick = Some(4_000_000_000);
+    for start in [3000, 3100] {
+        world.request(0, RequestOp::Write, start, 8, false);
+        ok(&mut world, 100, |w| open(w, 0) == 0);
+    }
+    world.run(100);
+    let repair = verb(&mut world, 0, "invalidate-remote", AdminCommand::InvalidateRemoteMarked(VOLUME));
+    assert_eq!(repair, Ok(()));
+    world.run(2000);
+    assert_eq!(
+        (marked(&world, 1), world.nodes[1].disks[0].sectors()[3100]),
+        (0, 0),
+        "not what this test is about"
+    );
+    assert_ne!(
+        world.state(1).map(|s| s.1),
+        Some(DiskState::UpToDate),
+        "a write that was answered is missing"
+    );
+    assert!(waits_for(&world, 1, &["writes that came before the end of the resync"]));
+    quiet(&mut world);
 }

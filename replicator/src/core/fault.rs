@@ -134,6 +134,8 @@ faults! {
     CursorDoesNotWrap,
     /// Digests are compared where an own write is still on its way to the disk.
     DigestBeforeOwnWrite,
+    /// The end of a resync does not wait for writes that came before it and stand behind a barrier.
+    FinishBeforeWrites,
     /// A reply may overwrite what the application wrote meanwhile.
     StaleReplyWritten,
     /// The source reads without holding the range.

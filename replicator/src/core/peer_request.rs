@@ -37,6 +37,8 @@ pub(super) struct PeerRequest {
     books: bool,
     /// Handed to the disk.
     on_disk: bool,
+    /// How many came before it in this session.
+    arrival: u64,
 }
 
 impl PeerRequest {
@@ -78,6 +80,8 @@ pub(super) struct ReceiveEpochs {
     /// Writes of the current epoch, and how many of them are not done.
     writes: u32,
     active: u32,
+    /// Writes that have come.
+    arrived: u64,
     /// Its barrier has come.
     barrier: Option<u32>,
     /// Flushes of that barrier on the way.
@@ -102,6 +106,11 @@ impl ReceiveEpochs {
     /// Writes of a lost session are still on their way to the disk.
     pub(super) const fn is_orphaned(&self) -> bool {
         self.orphaned
+    }
+
+    /// How many writes have come in this session.
+    pub(super) const fn arrived(&self) -> u64 {
+        self.arrived
     }
 
     fn is_drained(&self) -> bool {
@@ -202,7 +211,9 @@ impl Resource {
             .then_some(self.devices[volume].resync_nr),
             books,
             on_disk: false,
+            arrival: self.rx.arrived,
         });
+        self.rx.arrived += 1;
         if write.want_recv_ack {
             let ack = self.block_ack(key, false);
             self.send(Message::RecvAck(ack), Payload::None);
@@ -374,6 +385,14 @@ impl Resource {
         self.try_end_epoch();
         self.forget_orphaned_epochs();
         self.resync_target_go_on(volume);
+        for volume in 0..self.devices.len() {
+            self.target_try_finish(volume);
+        }
+    }
+
+    /// One of the first `arrived` writes of this session is not done.
+    pub(super) fn rx_open_before(&self, arrived: u64) -> bool {
+        self.peer_requests.iter().any(|(_, write)| write.arrival < arrived)
     }
 
     fn block_ack(&self, key: usize, set_in_sync: bool) -> v1::BlockAck {

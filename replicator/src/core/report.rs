@@ -176,6 +176,7 @@ impl Resource {
         waits.extend(self.role_waits());
         waits.extend(self.handlers_running().map(|name| format!("the handler {} to end", name.name())));
         waits.extend((0..self.devices.len()).filter_map(|volume| self.disk_wait(volume, now)));
+        waits.extend((0..self.devices.len()).filter_map(|volume| self.target_finish_wait(volume)));
         for (at, device) in self.devices.iter().enumerate() {
             let nr = device.nr.0;
             match &device.procedure {

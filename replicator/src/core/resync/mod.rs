@@ -81,6 +81,9 @@ pub(in crate::core) struct Resync {
     pub(in crate::core) paused_since: Option<Time>,
     pub(in crate::core) paused_ms: u64,
     finishing: bool,
+    /// Target: nothing is left to copy, and these writes of the peer, counted by arrival, have to be done before this copy
+    /// is good: what was copied may be newer than they are (I6).
+    after_writes: Option<u64>,
     /// Source: the target is done.
     peer_finished: bool,
     lazy_at: Time,
@@ -201,6 +204,7 @@ impl Resource {
             paused_since: None,
             paused_ms: 0,
             finishing: false,
+            after_writes: None,
             peer_finished: false,
             lazy_at: self.now,
         });

@@ -509,7 +509,37 @@ impl Resource {
             self.end_resync(volume);
             return;
         }
+        let arrived = self.rx.arrived();
+        if let Some(resync) = &mut self.devices[volume].resync {
+            resync.after_writes = Some(arrived);
+        }
+        self.target_try_finish(volume);
+    }
+
+    /// A write that came before the last copied block may still stand behind a barrier: the copies are equal where
+    /// nothing is marked only when it is done.
+    pub(in crate::core) fn target_try_finish(&mut self, volume: usize) {
+        let Some(resync) = self.devices[volume].resync.as_mut().filter(|resync| resync.finishing) else {
+            return;
+        };
+        let Some(arrived) = resync.after_writes else { return };
+        if self.rx_open_before(arrived) && !self.planted(Fault::FinishBeforeWrites) {
+            return;
+        }
+        if let Some(resync) = &mut self.devices[volume].resync {
+            resync.after_writes = None;
+        }
         self.write_bitmap(volume, BitmapThen::TargetFinish);
+    }
+
+    /// What the end of the resync waits for.
+    pub(in crate::core) fn target_finish_wait(&self, volume: usize) -> Option<String> {
+        let device = &self.devices[volume];
+        device.resync.as_ref()?.after_writes?;
+        Some(format!(
+            "volume {}: writes that came before the end of the resync to reach the disk",
+            device.nr.0
+        ))
     }
 
     /// Data and the empty bitmap are stable: say so in the superblock.
