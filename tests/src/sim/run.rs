@@ -12,8 +12,8 @@ const MS: u64 = 1_000_000;
 pub const ENOUGH_IOS: u64 = 1000;
 /// Faults a run has at least.
 pub const ENOUGH_FAULTS: u64 = 20;
-/// Everything healed, both nodes must be at rest within this, seconds.
-const LIVENESS_S: u64 = 120;
+/// Everything healed, both nodes must be at rest within this, seconds. A handler that hangs takes two minutes of it.
+const LIVENESS_S: u64 = 270;
 
 /// What a run did.
 #[derive(Clone, Copy, Debug, Default)]

@@ -33,8 +33,11 @@ pub(super) enum Ev {
     Lost { session: SessionId, to: usize },
     Connect,
     Alarm(u64),
-    Handler { node: usize, life: u64, token: HandlerToken, code: i32, asked: u64 },
+    Handler { node: usize, life: u64, token: HandlerToken, code: Option<i32>, asked: u64 },
 }
+
+/// The daemon kills a handler that has not ended by then (`runtime/handlers.rs`), ms.
+const HANDLER_LIMIT_MS: u64 = 120_000;
 
 /// An event and its time; the heap gives the earliest, and of equal ones the first scheduled.
 pub(super) struct Due {
@@ -96,7 +99,7 @@ pub struct World {
     pub oracle: Oracle,
     /// Handlers that were run: when, where, which.
     pub handler_runs: Vec<(u64, usize, HandlerName)>,
-    /// What handlers answer; `None` hangs. Default 0.
+    /// What handlers answer; `None` hangs until it is killed. Default 0.
     pub handler_answers: BTreeMap<(usize, HandlerName), Option<i32>>,
     /// They answer after this, ms. Default 1.
     pub handler_delay_ms: [u64; 2],
@@ -578,8 +581,8 @@ impl World {
             Ev::Connect => self.transport_up(),
             Ev::Alarm(tag) => self.alarms.push(tag),
             Ev::Handler { node, life, token, code, asked } if self.nodes[node].life == life => {
-                let code = self.fence_answer(node, code, asked);
-                self.feed(node, Input::HandlerDone { token, exit_code: Some(code) });
+                let exit_code = code.map(|code| self.fence_answer(node, code, asked));
+                self.feed(node, Input::HandlerDone { token, exit_code });
             }
             Ev::Disk { .. } | Ev::Meta { .. } | Ev::Handler { .. } => {}
         }
@@ -689,10 +692,8 @@ impl World {
                     let (code, verb) = self.fence_honestly(node);
                     (answer, asked) = (Some(code), verb);
                 }
-                if let Some(code) = answer {
-                    let at = self.now + self.handler_delay_ms[node] * MS;
-                    self.schedule(at, Ev::Handler { node, life, token, code, asked });
-                }
+                let ms = if answer.is_some() { self.handler_delay_ms[node] } else { HANDLER_LIMIT_MS };
+                self.schedule(self.now + ms * MS, Ev::Handler { node, life, token, code: answer, asked });
             }
             Output::Measure(volume) => {
                 // What a volume grows by is copied though nobody wrote it.
