@@ -111,6 +111,33 @@ fn a_detach_is_called_off_when_the_peer_goes_meanwhile() {
     }
 }
 
+/// A second Primary goes on without the disk that leaves: what it writes is told done and is nowhere else. If it dies then,
+/// the disk does not stay as the last good copy, and the second one's is taken when it is back.
+#[test]
+fn a_detach_is_not_called_off_beside_a_second_primary() {
+    for seed in 0..10 {
+        let mut options = Options::new(7250 + seed);
+        options.net.allow_two_primaries = true;
+        let mut world = pair_with(options);
+        assert_eq!(verb(&mut world, 1, "primary", AdminCommand::Primary { force: false }), Ok(()));
+        // A write that takes its time keeps the detach waiting.
+        world.nodes[0].disks[0].faults.stick = Some(500_000_000);
+        world.request(0, RequestOp::Write, 800, 8, false);
+        world.admin(0, "detach", AdminCommand::Detach { volume: VOLUME, force: false });
+        pass(&mut world, 100);
+        assert_eq!(disk(&world, 0), DiskState::Detaching);
+        world.request(1, RequestOp::Write, 1600, 8, false);
+        within(&mut world, 100, |w| open(w, 1) == 0);
+        world.crash(1, false);
+        pass(&mut world, 2000);
+        assert_ne!(disk(&world, 0), DiskState::UpToDate, "an answered write is missing in it");
+        world.start(1);
+        within(&mut world, 5000, |w| w.state(0).is_some_and(|s| s.2 == ConnState::Connected));
+        world.attach(0);
+        quiet(&mut world);
+    }
+}
+
 #[test]
 fn a_primary_without_its_disk_refuses_a_peer_that_never_got_what_was_acknowledged() {
     let mut world = pair(7300, Protocol::A);

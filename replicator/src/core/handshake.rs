@@ -237,6 +237,8 @@ impl Resource {
                     }
                 } else if self.devices[volume].disk == DiskState::Detaching {
                     self.devices[volume].went_on_at_peer = Some(info.uuid_current);
+                    // A second Primary goes on without this disk: what it writes now is nowhere else.
+                    self.devices[volume].missed_writes |= self.peer_role == Role::Primary;
                     self.try_complete_flushes();
                 }
                 let newer = masked(info.uuid_current) != masked(self.devices[volume].uuids.current);

@@ -454,6 +454,8 @@ impl Resource {
         if old != new {
             self.event(Event::PeerRole(old, new));
             for volume in 0..self.devices.len() {
+                let leaving = self.devices[volume].disk == DiskState::Detaching;
+                self.devices[volume].missed_writes |= leaving && new == Role::Primary;
                 self.close_books(volume);
                 // Its writes wait until PRIMARY_IND is durable here: without it our log would not count.
                 if self.serves_diskless_primary(volume)

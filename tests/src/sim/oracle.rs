@@ -13,7 +13,7 @@
 //! | now and then, and at each crash | 10: `marks.rs` |
 //! | in sync and idle | 2: equal disks, no mark; 1 and 3 for both; no buffer left; 6: nobody's writes went away |
 use super::blocks::Blocks;
-use super::history::{NEVER, Past, SavedView};
+use super::history::{Arrived, NEVER, Past, SavedView};
 use super::world::World;
 use lockstep_proto::Message;
 use lockstep_replicator::core::config::Protocol;
@@ -59,6 +59,8 @@ pub struct Oracle {
     /// The node has announced that it is connected, and not that it is not any more. What it says when it is
     /// asked may be newer than the event that is judged.
     connected: [bool; 2],
+    /// When it announced last that it is not connected any more, or stopped.
+    parted: [u64; 2],
     /// Writes that failed on a disk.
     failed: BTreeSet<u32>,
     /// By node and volume: it goes on from the other's copy without a disk of its own, and has not been in
@@ -113,6 +115,7 @@ impl Oracle {
             attached: [vec![0; sizes.len()], vec![0; sizes.len()]],
             policies: false,
             connected: [false; 2],
+            parted: [0; 2],
             failed: BTreeSet::new(),
             borrows: [vec![None; sizes.len()], vec![None; sizes.len()]],
             was_target: [vec![false; sizes.len()], vec![false; sizes.len()]],
@@ -368,7 +371,9 @@ impl World {
             superblock.is_some_and(|sb| sb.flags & flags::PRIMARY_IND != 0 && sb.uuid[1] != 0)
         };
         self.oracle.went_on[node] |= !was_primary && self.nodes[node].disks.iter().any(began);
-        self.oracle.connected[node] = false;
+        if std::mem::replace(&mut self.oracle.connected[node], false) {
+            self.oracle.parted[node] = self.now;
+        }
         for volume in 0..self.volumes() {
             if let Some(before) = self.oracle.borrows[node][volume].take() {
                 // What it went on from is the other's; its own disk is as it was before.
@@ -433,7 +438,10 @@ impl World {
     pub(super) fn oracle_event(&mut self, node: usize, event: &Event) {
         self.oracle.quiet = false;
         if let Event::Conn(_, new) = event {
-            self.oracle.connected[node] = *new == ConnState::Connected;
+            let connected = *new == ConnState::Connected;
+            if std::mem::replace(&mut self.oracle.connected[node], connected) && !connected {
+                self.oracle.parted[node] = self.now;
+            }
         }
         match event {
             Event::Role(_, Role::Primary) => self.reign(node),
@@ -606,7 +614,10 @@ impl World {
 
     fn target_complete(&mut self, node: usize, volume: usize) {
         let disks = [node, 1 - node].map(|node| self.nodes[node].disks[volume].sectors());
-        self.history.adopt_view(1 - node, node, volume, Some((disks, self.oracle.met)));
+        let source = 1 - node;
+        let parted = if self.oracle.connected[source] { u64::MAX } else { self.oracle.parted[source] };
+        let arrived = Arrived { disks, met: self.oracle.met, parted };
+        self.history.adopt_view(source, node, volume, Some(arrived));
         self.oracle.was_target[node][volume] = false;
         self.oracle.borrows[node][volume] = None;
         // A decision is made for each volume, and may choose another side. Some may still be at their resync, or have

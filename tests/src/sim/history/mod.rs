@@ -106,6 +106,17 @@ enum Excuse {
     None,
 }
 
+/// What a target has at the end of a resync.
+#[derive(Clone, Copy, Debug)]
+pub struct Arrived<'a> {
+    /// Its disk and the source's.
+    pub disks: [&'a [u32]; 2],
+    /// When the nodes met.
+    pub met: u64,
+    /// When the source noticed that they are apart again; `u64::MAX`: it has not.
+    pub parted: u64,
+}
+
 /// All writes of a run.
 #[derive(Clone, Debug)]
 pub struct History {
@@ -476,11 +487,12 @@ impl History {
     }
 
     /// Node `to` takes over what node `from` knows of a volume (resync). `arrived`: it has the data, too,
-    /// and both disks are these, own first; what was written at `from` since they met comes by a frame of
-    /// its own, and may be on its way.
-    pub fn adopt_view(&mut self, from: usize, to: usize, volume: usize, arrived: Option<([&[u32]; 2], u64)>) {
+    /// as `arrived` says; what was written at `from` since they met comes by a frame of its own, and may be on its way.
+    /// What `from` told when it was alone again is its own business.
+    pub fn adopt_view(&mut self, from: usize, to: usize, volume: usize, arrived: Option<Arrived<'_>>) {
+        let alone_since = arrived.as_ref().map_or(NEVER, |arrived| arrived.parted);
         let came = |record: &Record, number: u32| {
-            let Some(([own, source], met)) = arrived else { return false };
+            let Some(Arrived { disks: [own, source], met, .. }) = arrived else { return false };
             if record.fate[to].sent && record.issued >= met {
                 return false;
             }
@@ -494,6 +506,10 @@ impl History {
             }
             let before = record.fate[to];
             let landed = before.landed || came(record, number);
+            let told = record.fate[from].replaces;
+            if record.node == from && !landed && told != NEVER && told >= alone_since {
+                continue;
+            }
             record.fate[to] = Fate { landed, sent: before.sent, ..record.fate[from] };
             let fate = record.fate[to];
             if fate.dead && fate.end == NEVER {
