@@ -3,7 +3,12 @@
 //! Counts, not times: they hold on a busy machine, and a change that puts an allocation or another thread on the path of
 //! every write is seen at once. Both nodes run in this process; their threads are told apart from the client's by name.
 #![cfg(feature = "runtime")]
-#![allow(clippy::unwrap_used, clippy::cast_possible_truncation, reason = "a test: what fails, panics")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    clippy::print_stdout,
+    reason = "a test: what fails, panics, and the counts are worth seeing"
+)]
 mod pair;
 
 use lockstep_replicator::frontend::nbd::wire::cmd;

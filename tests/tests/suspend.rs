@@ -3,7 +3,7 @@ use lockstep_replicator::core::config::{OnNoData, Protocol, RateControl};
 use lockstep_replicator::core::event::{AdminCommand, Event, HandlerName, RequestOp};
 use lockstep_replicator::core::state::{ConnState, DiskState, ReplState};
 use lockstep_tests::sim::script::{
-    detach, fail_writes, handler_says, load, open, pair_with, pass, quiet, runs, sectors, status, verb,
+    detach, fail_writes, handler_says, load, open, pair_with, pass, quiet, runs, sectors, slow, status, verb,
     waits_for, within, written,
 };
 use lockstep_tests::sim::{Options, World};
@@ -263,4 +263,27 @@ fn no_write_lands_on_a_lone_copy_that_is_not_good() {
         world.heal();
         quiet(&mut world);
     }
+}
+
+/// `resume-io` waits for the end of a handshake, `suspend-io` does not: the one that was typed last counts.
+#[test]
+fn a_resume_that_waits_does_not_undo_a_later_suspend() {
+    let mut world = pair_with(Options::new(91));
+    world.cut(true);
+    pass(&mut world, 100);
+    slow(&mut world, 0, 900);
+    world.heal();
+    within(&mut world, 3000, |w| waits_for(w, 0, &["the handshake"]));
+    let resume = world.admin(0, "resume-io", AdminCommand::ResumeIo);
+    world.run(1);
+    assert!(!world.nodes[0].answers.contains_key(&resume), "it does not wait: nothing to be seen here");
+    assert_eq!(verb(&mut world, 0, "suspend-io", AdminCommand::SuspendIo), Ok(()));
+    assert_eq!(world.nodes[0].answers[&resume].clone().unwrap_err().number, -18);
+    load(&mut world, 0, 3);
+    pass(&mut world, 5000);
+    assert_eq!(open(&world, 0), 3, "a request got through");
+    slow(&mut world, 0, 0);
+    within(&mut world, 20_000, |w| w.state(0).is_some_and(|s| s.2 == ConnState::Connected));
+    assert_eq!(verb(&mut world, 0, "resume-io", AdminCommand::ResumeIo), Ok(()));
+    quiet(&mut world);
 }

@@ -38,6 +38,9 @@ impl Resource {
             | AdminCommand::Resize { .. }
             | AdminCommand::Configure { .. } => true,
         };
+        if matches!(command, AdminCommand::SuspendIo) {
+            self.refuse_parked_resumes();
+        }
         let role = matches!(command, AdminCommand::Primary { .. } | AdminCommand::Secondary);
         // Facts announced in a handshake, or with a disk that was attached, must hold until it is decided.
         if waits && (self.handshake_running() || (role && self.disk_negotiates())) {
@@ -45,6 +48,21 @@ impl Resource {
             return;
         }
         self.run_command(id, command);
+    }
+
+    /// `suspend-io` acts at once: a `resume-io` that was typed before it, and waits for the end of a handshake, must not
+    /// undo it later.
+    fn refuse_parked_resumes(&mut self) {
+        let parked = std::mem::take(&mut self.parked);
+        let (outrun, kept): (Vec<_>, Vec<_>) =
+            parked.into_iter().partition(|(_, command)| matches!(command, AdminCommand::ResumeIo));
+        self.parked = kept.into();
+        for (id, _) in outrun {
+            let facts = vec!["suspend-io was ordered after this, before the nodes had met".into()];
+            let advice = format!("drbdadm resume-io {}", self.cfg.name);
+            let text = "In transient state, retry after next state change";
+            self.reply(Reply::Admin(id), Err(refusal(-18, text, facts, &advice)));
+        }
     }
 
     /// Verbs that waited for the end of a handshake.
