@@ -11,7 +11,7 @@ use super::fault::Fault;
 use super::interval::LockOwner;
 use super::repair::FailedIo;
 use super::request::{Answer, Leg};
-use super::state::{DiskState, ReplState, Role};
+use super::state::{ConnState, DiskState, ReplState, Role};
 use super::timer::Timer;
 use super::transfer_log::EpochNr;
 use lockstep_proto::v1;
@@ -89,6 +89,9 @@ impl Resource {
                 let stayed = request.local == Leg::None && self.devices[volume].disk == DiskState::UpToDate;
                 request.again |= stayed && !request.completed;
                 self.go_on_without(volume);
+                if !self.requests.contains(key) {
+                    return;
+                }
             }
         }
         if answer != Answer::Received {
@@ -103,8 +106,18 @@ impl Resource {
     fn go_on_without(&mut self, volume: usize) {
         let device = &self.devices[volume];
         let alone = self.md_primary && device.disk == DiskState::UpToDate && device.uuids.bitmap == 0;
+        // At the end of a resync its target has this very generation, maybe durably, and its source still the base.
+        // A generation begun in the middle of it would be unknown to the target: the connection goes first.
+        let ends = device.resync.as_ref().is_some_and(|resync| resync.source)
+            && device.peer_may_have_current
+            && device.peer_said == DiskState::UpToDate;
         if alone {
             self.bump_uuid(volume, true);
+        } else if ends && self.md_primary && device.disk == DiskState::UpToDate {
+            self.drop_session(
+                ConnState::NetworkFailure,
+                "the peer refused a write at the end of the resync; starting over",
+            );
         }
     }
 

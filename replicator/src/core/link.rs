@@ -254,7 +254,7 @@ impl Resource {
             if device.uuids.bitmap == 0 {
                 self.bump_uuid(volume, true);
             } else if device.peer_may_have_current {
-                self.bump_uuid_keeping_base(volume);
+                self.bump_uuid_keeping_base(volume, true);
             }
         }
     }

@@ -340,8 +340,8 @@ impl Resource {
     /// A new generation while the bits stay relative to the old base (SEM §12, DRBD 9): a target that
     /// finished its resync unnoticed holds the former current one, and must not look newer than us
     /// when it goes on from there.
-    pub(super) fn bump_uuid_keeping_base(&mut self, volume: usize) {
-        let fresh = self.random_uuid() | 1;
+    pub(super) fn bump_uuid_keeping_base(&mut self, volume: usize, primary: bool) {
+        let fresh = self.random_uuid() | u64::from(primary);
         let device = &mut self.devices[volume];
         device.peer_may_have_current = false;
         device.shown_before_gate.get_or_insert(device.uuids.current);

@@ -89,9 +89,13 @@ impl Resource {
         let alone = gone && (self.md_primary || for_peer);
         let device = &self.devices[volume];
         let serves = for_peer && device.peer_disk == DiskState::Attaching;
-        if (alone || serves) && device.uuids.bitmap == 0 && device.disk == DiskState::UpToDate {
+        let begins = (alone || serves) && device.disk == DiskState::UpToDate;
+        if begins && device.uuids.bitmap == 0 {
             // Bit 0 is of this node's role: it may become the base by which "who was Primary first" is judged.
             self.bump_uuid(volume, self.md_primary);
+        } else if begins && device.peer_may_have_current {
+            // The disk that left may have finished its resync unheard.
+            self.bump_uuid_keeping_base(volume, self.md_primary);
         } else if gone && for_peer && device.disk == DiskState::UpToDate {
             // It holds answers back until it hears that this copy counts alone.
             self.md_then(volume, SuperblockThen::TellPeer);
