@@ -6,21 +6,11 @@ use lockstep_replicator::core::policy::{Obstacle, Outcome};
 use lockstep_replicator::core::state::{ConnState, DiskState};
 use lockstep_tests::sim::node::VOLUME;
 use lockstep_tests::sim::script::{
-    deaf, detach, fail_metas, load, open, pair_with, pass, quiet, slow, verb, within,
+    deaf, detach, disk, fail_metas, load, open, pair_by, pair_with, pass, quiet, slow, verb, within,
 };
 use lockstep_tests::sim::{Options, World};
 
 const CONNECT: AdminCommand = AdminCommand::Connect { discard_my_data: false, tentative: false };
-
-fn pair(seed: u64, protocol: Protocol) -> World {
-    let mut options = Options::new(seed);
-    options.net.protocol = protocol;
-    pair_with(options)
-}
-
-fn disk(world: &World, node: usize) -> DiskState {
-    world.state(node).map_or(DiskState::Diskless, |state| state.1)
-}
 
 /// Writes and waits for the answer; the number that the sectors hold then.
 fn write(world: &mut World, start: u64) -> u32 {
@@ -51,7 +41,7 @@ fn refusals(world: &World) -> usize {
 fn what_only_the_peer_has_is_stable_there_when_it_is_acknowledged() {
     for protocol in [Protocol::A, Protocol::B, Protocol::C] {
         for seed in 0..10 {
-            let mut world = pair(7000 + seed, protocol);
+            let mut world = pair_by(7000 + seed, protocol);
             detach(&mut world, 0);
             let at = usize::try_from(8 * seed).unwrap();
             for round in 0..5 {
@@ -73,7 +63,7 @@ fn what_only_the_peer_has_is_stable_there_when_it_is_acknowledged() {
 
 #[test]
 fn many_writes_share_a_barrier_when_only_the_peer_has_them() {
-    let mut world = pair(7100, Protocol::C);
+    let mut world = pair_by(7100, Protocol::C);
     detach(&mut world, 0);
     let before = world.delivered;
     load(&mut world, 0, 64);
@@ -87,7 +77,7 @@ fn many_writes_share_a_barrier_when_only_the_peer_has_them() {
 fn a_detach_is_called_off_when_the_peer_goes_meanwhile() {
     for protocol in [Protocol::A, Protocol::C] {
         for seed in 0..10 {
-            let mut world = pair(7200 + seed, protocol);
+            let mut world = pair_by(7200 + seed, protocol);
             // A write that takes its time keeps the detach waiting.
             world.nodes[0].disks[0].faults.stick = Some(500_000_000);
             world.request(0, RequestOp::Write, 800, 8, false);
@@ -140,7 +130,7 @@ fn a_detach_is_not_called_off_beside_a_second_primary() {
 
 #[test]
 fn a_primary_without_its_disk_refuses_a_peer_that_never_got_what_was_acknowledged() {
-    let mut world = pair(7300, Protocol::A);
+    let mut world = pair_by(7300, Protocol::A);
     deaf(&mut world, 1, true);
     write(&mut world, 64);
     let forced = verb(&mut world, 0, "detach", AdminCommand::Detach { volume: VOLUME, force: true });
@@ -164,7 +154,7 @@ fn a_primary_without_its_disk_refuses_a_peer_that_never_got_what_was_acknowledge
 #[test]
 fn a_generation_that_never_became_durable_was_shown_to_nobody() {
     for seed in 0..10 {
-        let mut world = pair(7400 + seed, Protocol::C);
+        let mut world = pair_by(7400 + seed, Protocol::C);
         write(&mut world, 64);
         fail_metas(&mut world, 0, 1);
         world.cut(false);
@@ -183,7 +173,7 @@ fn a_generation_that_never_became_durable_was_shown_to_nobody() {
 fn a_read_from_the_peer_waits_for_the_writes_sent_before_it() {
     for protocol in [Protocol::A, Protocol::B] {
         for force in [true, false] {
-            let mut world = pair(7500, protocol);
+            let mut world = pair_by(7500, protocol);
             write(&mut world, 64);
             pass(&mut world, 50);
             world.nodes[1].disks[0].faults.stick = Some(500_000_000);
@@ -204,7 +194,7 @@ fn a_read_from_the_peer_waits_for_the_writes_sent_before_it() {
 #[test]
 fn a_flush_that_failed_here_is_done_when_the_peer_knows_that_its_copy_counts() {
     for seed in 0..30 {
-        let mut world = pair(7600 + seed, Protocol::C);
+        let mut world = pair_by(7600 + seed, Protocol::C);
         write(&mut world, 64);
         pass(&mut world, 50);
         world.nodes[0].disks[0].faults.flushes = 1;
@@ -220,7 +210,7 @@ fn a_flush_that_failed_here_is_done_when_the_peer_knows_that_its_copy_counts() {
 #[test]
 fn a_flush_that_comes_while_the_disk_leaves_is_done_when_the_peer_knows_that_its_copy_counts() {
     for seed in 0..30 {
-        let mut world = pair(7700 + seed, Protocol::C);
+        let mut world = pair_by(7700 + seed, Protocol::C);
         write(&mut world, 64);
         pass(&mut world, 50);
         slow(&mut world, 1, 50);
@@ -239,7 +229,7 @@ fn a_flush_that_comes_while_the_disk_leaves_is_done_when_the_peer_knows_that_its
 #[test]
 fn a_flush_outlives_a_detach_that_is_called_off() {
     for seed in 0..20 {
-        let mut world = pair(7800 + seed, Protocol::C);
+        let mut world = pair_by(7800 + seed, Protocol::C);
         write(&mut world, 64);
         world.nodes[0].disks[0].faults.stick = Some(500_000_000);
         world.request(0, RequestOp::Write, 800, 8, false);
@@ -268,7 +258,7 @@ fn a_flush_outlives_a_detach_that_is_called_off() {
 #[test]
 fn a_last_copy_whose_flush_failed_is_not_taken_back() {
     for seed in 0..20 {
-        let mut world = pair(7900 + seed, Protocol::C);
+        let mut world = pair_by(7900 + seed, Protocol::C);
         world.nodes[1].disks[0].faults.flushes = 1;
         write(&mut world, 64);
         let forced = verb(&mut world, 0, "detach", AdminCommand::Detach { volume: VOLUME, force: true });
@@ -287,7 +277,7 @@ fn a_last_copy_whose_flush_failed_is_not_taken_back() {
 /// The own disk lost what a failed flush should have kept, and the peer went on with it.
 #[test]
 fn a_disk_whose_flush_failed_is_not_shown_to_the_application_again() {
-    let mut world = pair(8000, Protocol::C);
+    let mut world = pair_by(8000, Protocol::C);
     write(&mut world, 64);
     world.nodes[0].disks[0].faults.flushes = 1;
     world.flush(0);
@@ -308,7 +298,7 @@ fn a_disk_whose_flush_failed_is_not_shown_to_the_application_again() {
 fn a_disk_lost_before_the_new_generation_was_durable_may_have_had_more_than_the_peer() {
     for protocol in [Protocol::A, Protocol::C] {
         for seed in 0..10 {
-            let mut world = pair(7900 + seed, protocol);
+            let mut world = pair_by(7900 + seed, protocol);
             let told;
             if protocol == Protocol::A {
                 // On its way when the peer stops.
@@ -348,7 +338,7 @@ fn a_disk_lost_before_the_new_generation_was_durable_may_have_had_more_than_the_
 #[test]
 fn a_disk_that_was_away_is_the_older_copy_after_its_node_served_the_other_one() {
     for seed in 0..10 {
-        let mut world = pair(8100 + seed, Protocol::C);
+        let mut world = pair_by(8100 + seed, Protocol::C);
         let before = write(&mut world, 64);
         quiet(&mut world);
         detach(&mut world, 1);

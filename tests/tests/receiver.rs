@@ -5,22 +5,12 @@ use lockstep_replicator::core::event::{AdminCommand, HandlerName, RequestOp};
 use lockstep_replicator::core::state::{ConnState, DiskState, ReplState};
 use lockstep_tests::sim::node::VOLUME;
 use lockstep_tests::sim::script::{
-    detach, fail_metas, fail_writes, handler_says, open, pair_with, pass, quiet, sectors, status, verb,
-    waits_for, within,
+    detach, disk, fail_metas, fail_writes, handler_says, open, pair_by, pair_with, pass, quiet, sectors,
+    status, verb, waits_for, within,
 };
 use lockstep_tests::sim::{Options, World};
 
 const MS: u64 = 1_000_000;
-
-fn pair(seed: u64, protocol: Protocol) -> World {
-    let mut options = Options::new(seed);
-    options.net.protocol = protocol;
-    pair_with(options)
-}
-
-fn disk(world: &World, node: usize) -> DiskState {
-    world.state(node).map_or(DiskState::Diskless, |state| state.1)
-}
 
 fn connected(world: &World) -> bool {
     (0..2).all(|node| world.state(node).is_some_and(|state| state.2 == ConnState::Connected))
@@ -31,7 +21,7 @@ fn connected(world: &World) -> bool {
 #[test]
 fn a_promised_write_and_its_barrier_end_with_their_disk() {
     for seed in 0..10 {
-        let mut world = pair(100 + seed, Protocol::B);
+        let mut world = pair_by(100 + seed, Protocol::B);
         // Node 1 takes writes for a Primary without a disk when its superblock says so, and that takes its time.
         world.nodes[1].disks[0].faults.stick = Some(300 * MS);
         world.admin(0, "detach-force", AdminCommand::Detach { volume: VOLUME, force: true });
@@ -53,7 +43,7 @@ fn a_promised_write_and_its_barrier_end_with_their_disk() {
 /// A lost session's write is still on its way to the disk: the nodes cannot meet before, and status says why.
 #[test]
 fn a_meeting_that_waits_for_writes_of_the_lost_connection_says_so() {
-    let mut world = pair(200, Protocol::C);
+    let mut world = pair_by(200, Protocol::C);
     world.nodes[1].disks[0].faults.stick = Some(700 * MS);
     world.request(0, RequestOp::Write, 800, 8, false);
     pass(&mut world, 50);
@@ -110,7 +100,7 @@ fn a_target_that_fails_once_more_while_its_source_finishes_is_not_taken_for_good
 fn a_disk_that_is_given_up_before_the_peer_answers_its_attach() {
     let mut met = 0;
     for seed in 0..20 {
-        let mut world = pair(400 + seed, Protocol::C);
+        let mut world = pair_by(400 + seed, Protocol::C);
         detach(&mut world, 1);
         world.request(0, RequestOp::Write, 800, 8, false);
         within(&mut world, 2000, |w| open(w, 0) == 0);

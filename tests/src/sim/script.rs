@@ -2,8 +2,9 @@
 use super::node::VOLUME;
 use super::options::Options;
 use super::world::World;
+use lockstep_replicator::core::config::Protocol;
 use lockstep_replicator::core::event::{AdminCommand, HandlerName, HandlerToken, Input, Refusal, RequestOp};
-use lockstep_replicator::core::state::ConnState;
+use lockstep_replicator::core::state::{ConnState, DiskState};
 use lockstep_replicator::core::status::ResourceStatus;
 use lockstep_replicator::meta::Superblock;
 use lockstep_replicator::units::{BlockRange, Sector, SectorCount};
@@ -22,6 +23,23 @@ pub fn pair_with(options: Options) -> World {
     within(&mut world, 10_000, |w| w.in_sync() && w.is_primary(0) && w.idle());
     quiet(&mut world);
     world
+}
+
+/// [`pair_with`] the usual options and this protocol.
+///
+/// # Panics
+/// It does not come up.
+#[must_use]
+pub fn pair_by(seed: u64, protocol: Protocol) -> World {
+    let mut options = Options::new(seed);
+    options.net.protocol = protocol;
+    pair_with(options)
+}
+
+/// A node's disk; one that is down has none.
+#[must_use]
+pub fn disk(world: &World, node: usize) -> DiskState {
+    world.state(node).map_or(DiskState::Diskless, |state| state.1)
 }
 
 /// Runs until `done`.
