@@ -55,6 +55,9 @@ impl Resource {
             self.settle_in_sync(key);
             self.try_complete(key);
         }
+        if self.requests.contains(key) {
+            self.share_range(key);
+        }
     }
 
     /// `RecvAck`, `WriteAck` or `NegAck` for a write.

@@ -93,10 +93,13 @@ impl Resource {
         }
     }
 
-    /// The range is held and the write goes to the copies again, as if it had just come: on the ordering node
-    /// it stands behind what that one has sent since, which may wait for this range here.
+    /// The range is held (or asked for anew, if it was shared) and the write goes to the copies again, as if it had
+    /// just come: on the ordering node it stands behind what that one has sent since, which may wait for this range here.
     pub(super) fn order_anew(&mut self, key: usize) {
         let (volume, range) = (self.requests[key].volume, self.requests[key].range);
+        if !self.lock_anew(key) {
+            return;
+        }
         if self.follows() {
             self.devices[volume].locks.unorder(LockOwner::Request(key));
         }

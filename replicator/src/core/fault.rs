@@ -64,6 +64,8 @@ faults! {
     DiscardNotMirrored,
     /// Application writes take no range lock.
     RequestsDoNotLock,
+    /// An own write goes on beside one that the local disk has not written yet.
+    OverlapBeforeDisk,
     /// Writes of the peer take no range lock.
     PeerWritesDoNotLock,
     // ---- flushes

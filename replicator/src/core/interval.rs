@@ -3,6 +3,9 @@
 //! Promises: no two held ranges overlap; of two that overlap, the one that goes first (`before`) is
 //! fixed when the later one arrives, so nobody starves. Reads of the application take no lock.
 //!
+//! A write whose data is on the local disk may *share* its range: other writes of this node go on
+//! beside it, everybody else still waits for it (`core/overlap.rs` says when).
+//!
 //! With one Primary that is first come, first served. With two, a write of this node that the other
 //! one has not ordered yet *yields*: writes of the peer go ahead of it, and it can be asked to hand
 //! back a range it holds (`core/conflict.rs` says when and why). A verify yields then, too: the write it
@@ -59,6 +62,8 @@ const fn before(first: &Claim, second: &Claim) -> bool {
 pub struct IntervalLocks {
     /// Sorted by start; never overlapping.
     held: Vec<Claim>,
+    /// Held, and no obstacle for other writes of this node. Nearly always empty.
+    shared: Vec<Claim>,
     waiting: Vec<Claim>,
     tickets: u64,
 }
@@ -93,7 +98,7 @@ impl IntervalLocks {
     /// A yielding owner has its place now: writes of the peer that come later go behind it.
     pub fn order(&mut self, owner: LockOwner) {
         let ticket = self.next_ticket();
-        let claims = self.held.iter_mut().chain(&mut self.waiting);
+        let claims = self.held.iter_mut().chain(&mut self.shared).chain(&mut self.waiting);
         for claim in claims.filter(|claim| claim.owner == owner && claim.turn == u64::MAX) {
             claim.turn = ticket;
         }
@@ -101,13 +106,14 @@ impl IntervalLocks {
 
     /// It is to be ordered anew: writes of the peer go ahead of it, also those that wait for it already.
     pub fn unorder(&mut self, owner: LockOwner) {
-        let claims = self.held.iter_mut().chain(&mut self.waiting);
+        let claims = self.held.iter_mut().chain(&mut self.shared).chain(&mut self.waiting);
         claims.filter(|claim| claim.owner == owner).for_each(|claim| claim.turn = u64::MAX);
     }
 
     fn holding(&self, range: BlockRange) -> impl Iterator<Item = &Claim> + '_ {
         let first = self.held.partition_point(|claim| claim.range.end() <= range.start());
-        self.held.iter().skip(first).take_while(move |claim| claim.range.overlaps(range))
+        let held = self.held.iter().skip(first).take_while(move |claim| claim.range.overlaps(range));
+        held.chain(self.shared.iter().filter(move |claim| claim.range.overlaps(range)))
     }
 
     fn holding_or_waiting(&self, range: BlockRange) -> impl Iterator<Item = &Claim> + '_ {
@@ -167,7 +173,50 @@ impl IntervalLocks {
         self.grant(range, granted);
     }
 
+    /// Lets other writes of this node go on beside a held one.
+    ///
+    /// # Panics
+    /// `owner` does not hold `range`: our own broken bookkeeping.
+    pub fn share(&mut self, range: BlockRange, owner: LockOwner, granted: &mut Vec<LockOwner>) {
+        let claim = self.take_held(range, owner);
+        self.shared.push(claim);
+        self.grant(range, granted);
+    }
+
+    /// Gives a shared range back and asks for it anew, behind everybody who holds it or waits for it: `true`
+    /// when it is held at once. What did not share its range keeps it.
+    pub fn lock_anew(&mut self, owner: LockOwner, yielding: bool, granted: &mut Vec<LockOwner>) -> bool {
+        let Some(at) = self.shared.iter().position(|claim| claim.owner == owner) else { return true };
+        let range = self.shared.swap_remove(at).range;
+        let held = if yielding { self.lock_yielding(range, owner) } else { self.lock(range, owner) };
+        self.grant(range, granted);
+        held
+    }
+
+    /// It shares its range with other writes of this node.
+    #[must_use]
+    pub fn shares(&self, owner: LockOwner) -> bool {
+        self.shared.iter().any(|claim| claim.owner == owner)
+    }
+
+    /// Some write shares its range.
+    #[must_use]
+    pub fn any_shared(&self) -> bool {
+        !self.shared.is_empty()
+    }
+
+    /// A write of the local application waits for a part of `range`.
+    #[must_use]
+    pub fn request_waits(&self, range: BlockRange) -> bool {
+        let wants =
+            |claim: &Claim| matches!(claim.owner, LockOwner::Request(_)) && claim.range.overlaps(range);
+        self.waiting.iter().any(wants)
+    }
+
     fn take_held(&mut self, range: BlockRange, owner: LockOwner) -> Claim {
+        if let Some(at) = self.shared.iter().position(|claim| claim.owner == owner) {
+            return self.shared.swap_remove(at);
+        }
         let at = self.held.partition_point(|held| held.range.start() < range.start());
         assert!(
             self.held.get(at).is_some_and(|held| held.range == range && held.owner == owner),
@@ -187,7 +236,7 @@ impl IntervalLocks {
     /// Nothing held, nothing waiting.
     #[must_use]
     pub fn is_idle(&self) -> bool {
-        self.held.is_empty() && self.waiting.is_empty()
+        self.held.is_empty() && self.shared.is_empty() && self.waiting.is_empty()
     }
 
     /// How many wait.
@@ -215,7 +264,10 @@ impl IntervalLocks {
         let goes_first = |other: &Claim| {
             other.ticket != claim.ticket && other.range.overlaps(claim.range) && before(other, claim)
         };
-        self.overlaps_held(claim.range) || self.waiting.iter().any(goes_first)
+        let own = matches!(claim.owner, LockOwner::Request(_));
+        self.overlaps_held(claim.range)
+            || (!own && self.shared.iter().any(|shared| shared.range.overlaps(claim.range)))
+            || self.waiting.iter().any(goes_first)
     }
 
     fn overlaps_held(&self, range: BlockRange) -> bool {
@@ -306,6 +358,68 @@ mod tests {
         locks.unlock(range(12, 2), LockOwner::Peer(0), &mut granted);
         assert_eq!(granted, [LockOwner::ResyncSource(0)]);
         assert!(!locks.lock(range(12, 2), LockOwner::Peer(1)));
+    }
+
+    #[test]
+    fn a_shared_range_is_free_for_own_writes_only() {
+        let mut locks = IntervalLocks::default();
+        let mut granted = Vec::new();
+        let (first, second, third) = (LockOwner::Request(0), LockOwner::Request(1), LockOwner::Request(2));
+        assert!(locks.lock(range(0, 10), first));
+        assert!(!locks.lock(range(5, 10), second));
+        assert!(locks.request_waits(range(0, 10)));
+        locks.share(range(0, 10), first, &mut granted);
+        assert_eq!(granted, [second]);
+        assert!(locks.any_shared() && locks.shares(first) && !locks.shares(second));
+        assert_eq!(locks.requests_holding(range(6, 1)).collect::<Vec<_>>(), [1, 0]);
+        // The one behind holds its range alone, until it shares it, too.
+        assert!(!locks.lock(range(8, 1), third));
+        granted.clear();
+        locks.share(range(5, 10), second, &mut granted);
+        assert_eq!(granted, [third]);
+        // Everybody else waits for all of them, and whoever comes then stands behind.
+        assert!(!locks.lock(range(0, 20), LockOwner::ResyncSource(0)));
+        assert!(!locks.lock(range(1, 1), LockOwner::Request(3)));
+        granted.clear();
+        locks.unlock(range(8, 1), third, &mut granted);
+        locks.unlock(range(0, 10), first, &mut granted);
+        assert!(granted.is_empty());
+        locks.unlock(range(5, 10), second, &mut granted);
+        assert_eq!(granted, [LockOwner::ResyncSource(0)]);
+        granted.clear();
+        locks.unlock(range(0, 20), LockOwner::ResyncSource(0), &mut granted);
+        assert_eq!(granted, [LockOwner::Request(3)]);
+        locks.unlock(range(1, 1), LockOwner::Request(3), &mut granted);
+        assert!(locks.is_idle());
+    }
+
+    #[test]
+    fn a_range_locked_anew_stands_behind_what_went_on_beside_it() {
+        let mut locks = IntervalLocks::default();
+        let mut granted = Vec::new();
+        let (first, second) = (LockOwner::Request(0), LockOwner::Request(1));
+        assert!(locks.lock(range(0, 10), first));
+        assert!(locks.lock_anew(first, false, &mut granted), "it never shared its range");
+        locks.share(range(0, 10), first, &mut granted);
+        assert!(locks.lock(range(0, 10), second));
+        assert!(!locks.lock(range(4, 1), LockOwner::Peer(0)));
+        assert!(!locks.lock_anew(first, false, &mut granted));
+        locks.unlock(range(0, 10), second, &mut granted);
+        assert_eq!(granted, [LockOwner::Peer(0)]);
+        granted.clear();
+        locks.unlock(range(4, 1), LockOwner::Peer(0), &mut granted);
+        assert_eq!(granted, [first]);
+        // Alone it has it at once, and the peer's goes on meanwhile if it yields.
+        locks.share(range(0, 10), first, &mut granted);
+        granted.clear();
+        assert!(!locks.lock(range(4, 1), LockOwner::Peer(1)));
+        assert!(!locks.lock_anew(first, true, &mut granted));
+        assert_eq!(granted, [LockOwner::Peer(1)]);
+        granted.clear();
+        locks.unlock(range(4, 1), LockOwner::Peer(1), &mut granted);
+        assert_eq!(granted, [first]);
+        locks.unlock(range(0, 10), first, &mut granted);
+        assert!(locks.is_idle());
     }
 
     proptest! {

@@ -8,7 +8,7 @@
 //! | `request.rs`, `completion.rs` | application writes: their way, and when they are done |
 //! | `flush.rs`, `read.rs` | epochs and application flushes; application reads |
 //! | `peer_request.rs` | writes, reads, barriers received from the peer |
-//! | `conflict.rs` | overlapping writes of two Primaries |
+//! | `overlap.rs`, `conflict.rs` | overlapping writes of one node, and of two Primaries |
 //! | `congestion.rs` | a peer that does not keep up |
 //! | `transfer_log.rs` | epochs and what is still unacknowledged |
 //! | `metadata.rs` | what is written to the metadata area, in which order |
@@ -55,6 +55,7 @@ pub mod interval;
 mod link;
 mod metadata;
 mod options;
+mod overlap;
 mod peer_request;
 mod peer_state;
 pub mod policy;

@@ -193,6 +193,8 @@ impl Resource {
         };
         if locked {
             self.request_locked(key);
+        } else {
+            self.share_ranges(volume, range);
         }
     }
 

@@ -256,6 +256,15 @@ impl Resource {
             let facts = vec![format!("{} is {} or becoming Primary", self.cfg.node_name, self.role)];
             return Err(refusal(-1, "Multiple primaries not allowed by config", facts, ""));
         }
+        if self.shares_ranges() {
+            let facts = vec![format!("{} has overlapping writes of its own in flight", self.cfg.node_name)];
+            return Err(refusal(
+                -18,
+                "In transient state, retry after next state change",
+                facts,
+                "try again",
+            ));
+        }
         // Both about to call their own copy the good one: that would be two histories (S28).
         let both = matches!(promoting, Some(RoleStep::AskPeer(_))) && lower;
         if both && self.declares_data() {
