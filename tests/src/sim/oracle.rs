@@ -66,6 +66,8 @@ pub struct Oracle {
     /// By node and volume: it goes on from the other's copy without a disk of its own, and has not been in
     /// sync since. What bound its own disk before.
     borrows: [Vec<Option<SavedView>>; 2],
+    /// Its application was told something since it became Primary.
+    served: [bool; 2],
     /// A resync to this node began and has not ended: what the volume holds is a mixture.
     was_target: [Vec<bool>; 2],
     /// By node and volume: when it was last decided that its changes go.
@@ -118,6 +120,7 @@ impl Oracle {
             parted: [0; 2],
             failed: BTreeSet::new(),
             borrows: [vec![None; sizes.len()], vec![None; sizes.len()]],
+            served: [false; 2],
             was_target: [vec![false; sizes.len()], vec![false; sizes.len()]],
             given_up: [vec![0; sizes.len()], vec![0; sizes.len()]],
             verbs: BTreeMap::new(),
@@ -203,6 +206,7 @@ impl World {
             // Asked for while the node's own changes counted, it may show them, or what replaces them.
             return;
         }
+        self.oracle.served[node] |= own;
         let first = usize::try_from(range.start().0).unwrap_or(usize::MAX);
         let wrong = self.history.wrong(node, volume, first, data, issued);
         let other = wrong.is_some() && !own;
@@ -219,6 +223,7 @@ impl World {
     }
 
     pub(super) fn write_acked(&mut self, node: usize, record: u32) {
+        self.oracle.served[node] = true;
         // A session that is still at its handshake carries no writes.
         let connected = self.nodes[node].session.is_some() && self.oracle.connected[node];
         self.history.acked(record, connected, self.now);
@@ -442,6 +447,16 @@ impl World {
             if std::mem::replace(&mut self.oracle.connected[node], connected) && !connected {
                 self.oracle.parted[node] = self.now;
             }
+            // It lost its disk before it told anybody anything, also before its generation was durable.
+            if connected && self.is_primary(node) && !self.oracle.served[node] {
+                for volume in 0..self.volumes() {
+                    if self.goes_without_disk(node, volume) {
+                        // What that one lacks, with excuse, does not bind the own disk either when it is back.
+                        self.settle(1 - node, node, volume, "is what a diskless Primary goes on from");
+                        self.borrow(node, volume);
+                    }
+                }
+            }
         }
         match event {
             Event::Role(_, Role::Primary) => self.reign(node),
@@ -510,6 +525,7 @@ impl World {
 
     /// A node became Primary.
     fn reign(&mut self, node: usize) {
+        self.oracle.served[node] = false;
         // What a dead Primary sent may still land from the wire of a connection that counts as up (`Event::Conn`).
         let may_land = self.oracle.connected[node] && !self.oracle.connected[1 - node];
         if !may_land {
@@ -527,12 +543,8 @@ impl World {
             }
             if with_peer {
                 self.history.new_reign(1 - node, self.now);
-                if states.disk == DiskState::Diskless && states.peer_disk == DiskState::UpToDate {
-                    // Without a disk of its own it goes on from what the other one holds.
-                    self.settle(1 - node, 1 - node, volume, "is what a diskless node goes on from");
-                    let before = self.history.save_view(node, volume);
-                    self.history.adopt_view(1 - node, node, volume, None);
-                    self.oracle.borrows[node][volume].get_or_insert(before);
+                if self.goes_without_disk(node, volume) {
+                    self.borrow(node, volume);
                 }
                 continue;
             }
@@ -551,6 +563,21 @@ impl World {
                 self.settle(node, node, volume, "goes on alone");
             }
         }
+    }
+
+    /// Without a disk of its own a node has the other one's to go on from.
+    fn goes_without_disk(&self, node: usize, volume: usize) -> bool {
+        let borrows = |s: States| s.disk == DiskState::Diskless && s.peer_disk == DiskState::UpToDate;
+        self.states(node, volume).is_some_and(borrows)
+    }
+
+    /// It goes on from that.
+    fn borrow(&mut self, node: usize, volume: usize) {
+        let peer = 1 - node;
+        self.settle(peer, peer, volume, "is what a diskless node goes on from");
+        let before = self.history.save_view(node, volume);
+        self.history.adopt_view(peer, node, volume, None);
+        self.oracle.borrows[node][volume].get_or_insert(before);
     }
 
     /// What is on the node's disk replaces what the view knows; what is missing must be excused.
