@@ -8,6 +8,9 @@ use lockstep_tests::sim::script::{
 };
 use lockstep_tests::sim::{Options, World};
 
+/// Sectors of an extent of the activity log.
+const EXTENT: u64 = 8192;
+
 /// Messages to node 1 take up to twice as long, one by one; a stream is FIFO.
 const WAY_MS: u64 = 200;
 
@@ -142,4 +145,68 @@ fn a_second_primary_waits_for_overlapping_writes_of_the_first() {
         same_blocks(&world);
     }
     assert!(refused >= 10, "{refused} of 60");
+}
+
+/// A write that goes to the copies once more gives its extents back with its range: who has the range by now may wait for
+/// the log.
+#[test]
+fn writes_sent_again_do_not_keep_the_log_from_those_that_passed_them() {
+    let mut options = Options::new(4711);
+    options.sectors = 96 * EXTENT;
+    options.net.fencing = Fencing::ResourceAndStonith;
+    let mut world = pair_with(options);
+    handler_says(&mut world, 0, HandlerName::FencePeer, None);
+    slow(&mut world, 1, 3000);
+    // 64 of the 67 slots, and one that overlaps both and needs 30 more.
+    world.request(0, RequestOp::Discard, 0, 32 * EXTENT, false);
+    world.request(0, RequestOp::Discard, 62 * EXTENT, 32 * EXTENT, false);
+    pass(&mut world, 150);
+    world.request(0, RequestOp::Discard, 31 * EXTENT, 32 * EXTENT, false);
+    pass(&mut world, 100);
+    world.cut(true);
+    pass(&mut world, 300);
+    assert_eq!(open(&world, 0), 3);
+    slow(&mut world, 1, 0);
+    world.heal();
+    within(&mut world, 60_000, |w| open(w, 0) == 0);
+    quiet(&mut world);
+}
+
+/// What was agreed to holds: two Primaries are not forbidden while the second one writes that it is.
+#[test]
+fn two_primaries_are_not_forbidden_in_the_middle_of_a_promotion() {
+    let mut refused = 0;
+    for seed in 0..200 {
+        let mut options = Options::new(90_000 + seed);
+        options.net.allow_two_primaries = true;
+        let mut world = pair_with(options);
+        assert_eq!(verb(&mut world, 0, "secondary", AdminCommand::Secondary), Ok(()));
+        assert_eq!(verb(&mut world, 1, "primary", AdminCommand::Primary { force: false }), Ok(()));
+        pass(&mut world, 100);
+        world.admin(0, "primary", AdminCommand::Primary { force: false });
+        world.run(1 + seed % 2);
+        // By the Primary that agreed, or by the one that is promoted.
+        let node = usize::from(seed % 3 != 0);
+        let net = NetConfig { allow_two_primaries: false, ..world.options.net.clone() };
+        let volumes = vec![world.options.volume.clone()];
+        let change = world.admin(node, "adjust", AdminCommand::Configure { net: Box::new(net), volumes });
+        slow(&mut world, 0, 4);
+        for nth in 0..6 {
+            world.request(1, RequestOp::Write, 800 + 4 * (nth % 2), 8, false);
+        }
+        for _ in 0..12 {
+            pass(&mut world, 1);
+            if world.is_primary(0) {
+                world.request(0, RequestOp::Write, 800, 2, false);
+            }
+        }
+        slow(&mut world, 0, 0);
+        pass(&mut world, 500);
+        let changed = world.nodes[node].answers[&change].is_ok();
+        refused += usize::from(!changed);
+        assert!(!changed || !world.is_primary(0), "seed {seed}: two Primaries without permission");
+        quiet(&mut world);
+        same_blocks(&world);
+    }
+    assert!(refused >= 50, "{refused} of 200");
 }

@@ -74,6 +74,10 @@ impl Resource {
     pub(super) fn hand_over(&mut self, key: usize) {
         let request = &mut self.requests[key];
         debug_assert_eq!(request.place, Place::GivesWay);
+        debug_assert!(
+            !self.devices[request.volume].locks.shares(LockOwner::Request(key)),
+            "a write that others went on beside lets none pass"
+        );
         request.place = Place::Passed;
         if request.local == Leg::Ok {
             request.local = Leg::Pending;

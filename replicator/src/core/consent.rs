@@ -89,6 +89,7 @@ impl Resource {
         };
         let answer_message = v1::StateReply { id: request.id, result, text, value: 0 };
         self.send(Message::StateReply(answer_message), Payload::None);
+        self.peer_promotes |= kind == Kind::Promote && answer.is_ok();
         if answer.is_ok()
             && let Some(volume) = self.wire_device(request.volume)
         {

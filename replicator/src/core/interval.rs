@@ -29,6 +29,20 @@ pub enum LockOwner {
     VerifyAnswer(usize),
 }
 
+impl LockOwner {
+    /// The key of a write of the local application.
+    const fn request(self) -> Option<usize> {
+        match self {
+            Self::Request(key) => Some(key),
+            Self::Peer(_)
+            | Self::ResyncSource(_)
+            | Self::ResyncTarget(_)
+            | Self::VerifyAsk(_)
+            | Self::VerifyAnswer(_) => None,
+        }
+    }
+}
+
 /// A range that is held or wanted.
 #[derive(Clone, Copy, Debug)]
 struct Claim {
@@ -110,10 +124,13 @@ impl IntervalLocks {
         claims.filter(|claim| claim.owner == owner).for_each(|claim| claim.turn = u64::MAX);
     }
 
-    fn holding(&self, range: BlockRange) -> impl Iterator<Item = &Claim> + '_ {
+    fn holding_alone(&self, range: BlockRange) -> impl Iterator<Item = &Claim> + '_ {
         let first = self.held.partition_point(|claim| claim.range.end() <= range.start());
-        let held = self.held.iter().skip(first).take_while(move |claim| claim.range.overlaps(range));
-        held.chain(self.shared.iter().filter(move |claim| claim.range.overlaps(range)))
+        self.held.iter().skip(first).take_while(move |claim| claim.range.overlaps(range))
+    }
+
+    fn holding(&self, range: BlockRange) -> impl Iterator<Item = &Claim> + '_ {
+        self.holding_alone(range).chain(self.shared.iter().filter(move |claim| claim.range.overlaps(range)))
     }
 
     fn holding_or_waiting(&self, range: BlockRange) -> impl Iterator<Item = &Claim> + '_ {
@@ -122,14 +139,12 @@ impl IntervalLocks {
 
     /// Writes of the local application that hold a part of `range`.
     pub fn requests_holding(&self, range: BlockRange) -> impl Iterator<Item = usize> + '_ {
-        self.holding(range).filter_map(|claim| match claim.owner {
-            LockOwner::Request(key) => Some(key),
-            LockOwner::Peer(_)
-            | LockOwner::ResyncSource(_)
-            | LockOwner::ResyncTarget(_)
-            | LockOwner::VerifyAsk(_)
-            | LockOwner::VerifyAnswer(_) => None,
-        })
+        self.holding(range).filter_map(|claim| claim.owner.request())
+    }
+
+    /// The same without those that share theirs.
+    pub fn requests_holding_alone(&self, range: BlockRange) -> impl Iterator<Item = usize> + '_ {
+        self.holding_alone(range).filter_map(|claim| claim.owner.request())
     }
 
     /// A write of the peer holds or wants a part of `range`.

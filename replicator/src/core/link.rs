@@ -450,6 +450,8 @@ impl Resource {
     }
 
     pub(super) fn set_peer_role(&mut self, new: Role) {
+        // Secondary may be an answer that was on its way before it heard of the consent.
+        self.peer_promotes &= new == Role::Secondary;
         let old = std::mem::replace(&mut self.peer_role, new);
         if old != new {
             self.event(Event::PeerRole(old, new));

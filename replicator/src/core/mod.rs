@@ -177,6 +177,8 @@ pub struct Resource {
     /// The superblock says Primary: from the first step of a promotion to the last of a demotion.
     md_primary: bool,
     peer_role: Role,
+    /// Its promotion was agreed to in this session, and it has not said that it is Primary.
+    peer_promotes: bool,
     conn: ConnState,
     session: Option<Session>,
     /// `connect --discard-my-data`: for one handshake.
@@ -229,6 +231,7 @@ impl Resource {
             role: Role::Secondary,
             md_primary: false,
             peer_role: Role::Unknown,
+            peer_promotes: false,
             conn: ConnState::StandAlone,
             session: None,
             discard_my_data: false,

@@ -76,8 +76,10 @@ impl Resource {
             let text = "Fencing resource-and-stonith is not possible with protocol A";
             return Err(refusal(154, text, facts, "say protocol B or C, or another fencing policy"));
         }
-        if !net.allow_two_primaries && self.role == Role::Primary && self.peer_role == Role::Primary {
-            let facts = vec![format!("{} and {} are Primary", self.cfg.node_name, self.cfg.peer_name)];
+        if !net.allow_two_primaries && self.two_primaries() {
+            let both = format!("{} and {} are Primary", self.cfg.node_name, self.cfg.peer_name);
+            let about = self.role != Role::Primary || self.peer_role != Role::Primary;
+            let facts = vec![if about { both + ", or becoming so" } else { both }];
             let advice = format!("on one of them: drbdadm secondary {name}; then drbdadm adjust {name}");
             let text = "Can not disable two-primaries while both nodes are Primary";
             return Err(refusal(164, text, facts, &advice));
@@ -118,6 +120,7 @@ impl Resource {
         if update.allow_two_primaries && protocol != Protocol::C {
             return self.protocol_error("two Primaries without protocol C");
         }
+        // A promotion that was agreed to keeps its node from sending this; one that is asked for will be refused.
         let both = self.role == Role::Primary && self.peer_role == Role::Primary;
         if both && !update.allow_two_primaries {
             return self.protocol_error("no two Primaries, while both nodes are");

@@ -27,7 +27,7 @@ use crate::units::BlockRange;
 impl Resource {
     /// A write of this node has to wait for its range: who holds a part of it, and only waits for the peer, shares it.
     pub(super) fn share_ranges(&mut self, volume: usize, range: BlockRange) {
-        let holding: Vec<usize> = self.devices[volume].locks.requests_holding(range).collect();
+        let holding: Vec<usize> = self.devices[volume].locks.requests_holding_alone(range).collect();
         for key in holding {
             // Sharing one may have moved others on.
             if self.requests.contains(key) {
@@ -51,6 +51,7 @@ impl Resource {
             && device.repl == ReplState::Established
             && !self.two_primaries_allowed()
             && self.peer_role != Role::Primary
+            && !self.peer_promotes
             && device.locks.request_waits(range)
             && !device.locks.shares(owner);
         if !shares || self.planted(Fault::RequestsDoNotLock) {
@@ -70,6 +71,13 @@ impl Resource {
     pub(super) fn lock_anew(&mut self, key: usize) -> bool {
         let volume = self.requests[key].volume;
         let yielding = self.follows();
+        // Ranges before extents, always: who holds the range now may wait for the log.
+        if self.devices[volume].locks.shares(LockOwner::Request(key))
+            && std::mem::take(&mut self.requests[key].al)
+        {
+            let extents = self.requests[key].range.al_extents();
+            self.al_end(volume, extents);
+        }
         let mut granted = std::mem::take(&mut self.granted);
         let held = self.devices[volume].locks.lock_anew(LockOwner::Request(key), yielding, &mut granted);
         self.run_granted(volume, granted);

@@ -240,6 +240,15 @@ impl Resource {
         }
     }
 
+    /// This node and the other one are Primary, or about to be with the consent of the other.
+    pub(super) fn two_primaries(&self) -> bool {
+        let becomes = |change: &RoleChange| {
+            matches!(change.step, RoleStep::AskPeer(_) | RoleStep::Receive | RoleStep::Promote)
+        };
+        let here = self.role == Role::Primary || self.role_change.as_ref().is_some_and(becomes);
+        here && (self.peer_role == Role::Primary || self.peer_promotes)
+    }
+
     /// The peer asks to become Primary.
     pub(super) fn judge_peer_promotion(&self) -> Result<(), Refusal> {
         let promoting = self.role_change.as_ref().map(|change| change.step);
