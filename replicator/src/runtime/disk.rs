@@ -170,6 +170,14 @@ impl DiskJob {
         }
     }
 
+    /// What it moves, bytes.
+    pub(super) fn len_bytes(&self) -> u64 {
+        match self {
+            Self::Data(job) => job.len,
+            Self::Meta(job) => job.len_bytes(),
+        }
+    }
+
     /// Makes the next system call through the ring; it comes back with [`on_completion`](Self::on_completion).
     pub(super) fn start<C: From<Self>>(self, ring: &mut Ring<C>) {
         let fd = Rc::clone(self.fd());

@@ -10,8 +10,9 @@
 //!            +--------------------------------- one io_uring_enter ----------------------+
 //! ```
 //!
-//! Order inside a turn: frames and answers leave before disk IO that runs on this thread (disks in memory), so that the
-//! peer works at the same time.
+//! Order inside a turn: blocks leave before disk IO that runs on this thread (disks in memory), so that the peer works at
+//! the same time. Acknowledgements and answers gather until the end of the turn, or of some IO: each send that wakes a
+//! sleeper costs more than a short write.
 use super::buffers::BufferPool;
 use super::disk::{Answer, DataJob, Disk, DiskJob};
 use super::handlers::{self, HandlerPlan};
@@ -40,8 +41,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::{broadcast, oneshot, watch};
 
-/// Disk IO done on this thread before answers are sent: enough to fill a frame train, not so much that the peer waits.
+/// Disk IO done on this thread before the core and the sockets are looked at: enough to fill a frame train, not so much
+/// that the peer waits. Jobs, and bytes.
 const INLINE_BATCH: usize = 32;
+const INLINE_BATCH_BYTES: u64 = 128 << 10;
 /// Rounds of core and inline disk IO in one turn before the sockets are looked at again.
 const MAX_ROUNDS: usize = 16;
 /// Spinning is for few requests in flight: with many, a completion is never far.
@@ -495,6 +498,7 @@ impl Driver {
 
     /// Carries out everything the core wants until it wants nothing more. Whether that point was reached.
     fn settle(&mut self) -> bool {
+        let mut unsent_bytes = 0;
         for _ in 0..MAX_ROUNDS {
             while let Some(output) = self.core.poll_output() {
                 self.on_output(output);
@@ -502,9 +506,17 @@ impl Driver {
             if self.inline.is_empty() {
                 return true;
             }
-            self.send_all();
+            let blocks_wait = self.peers.iter().any(|(_, peer)| peer.has_blocks_to_send());
+            if blocks_wait || unsent_bytes >= INLINE_BATCH_BYTES {
+                self.send_all();
+                unsent_bytes = 0;
+            }
             for _ in 0..INLINE_BATCH {
+                if unsent_bytes >= INLINE_BATCH_BYTES {
+                    break;
+                }
                 let Some(job) = self.inline.pop_front() else { break };
+                unsent_bytes += job.len_bytes();
                 if let Some(answer) = job.run_inline() {
                     self.on_answer(answer);
                 }

@@ -99,6 +99,8 @@ pub(super) struct SendMemory {
     header: msghdr,
     /// Frames in here; the owner counts with it.
     pub(super) frames: usize,
+    /// One of them has a payload.
+    pub(super) has_payload: bool,
 }
 
 /// One piece of a send.
@@ -118,6 +120,7 @@ impl SendMemory {
             done: 0,
             header: empty_header(),
             frames: 0,
+            has_payload: false,
         })
     }
 
@@ -138,6 +141,7 @@ impl SendMemory {
         } else if start < end {
             self.parts.push(Part::Heads(start..end));
         }
+        self.has_payload |= !matches!(payload, SendPayload::None);
         match payload {
             SendPayload::None => {}
             SendPayload::Buffer(buffer, len) => self.parts.push(Part::Buffer(buffer, len)),
@@ -192,6 +196,7 @@ impl SendMemory {
         self.pieces.clear();
         self.done = 0;
         self.frames = 0;
+        self.has_payload = false;
     }
 }
 

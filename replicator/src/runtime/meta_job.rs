@@ -65,6 +65,11 @@ impl MetaJob {
         Ok(())
     }
 
+    /// What is left to write, bytes.
+    pub(super) fn len_bytes(&self) -> u64 {
+        self.piece.as_ref().map_or(0, |piece| (piece.buffer.len() - piece.done) as u64)
+    }
+
     pub(super) fn call(&self) -> Call {
         let Some(piece) = &self.piece else { return Call::Datasync };
         let len = piece.buffer.len() - piece.done;

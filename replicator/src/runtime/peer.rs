@@ -199,6 +199,11 @@ impl Peer {
         self.after_send(sent)
     }
 
+    /// Whether blocks wait to be sent: the peer works on them while this node does.
+    pub(super) fn has_blocks_to_send(&self) -> bool {
+        self.sender.has_payload()
+    }
+
     /// A send came back from the ring. `Some`: the transport is lost.
     pub(super) fn on_sent<C>(
         &mut self,

@@ -236,6 +236,11 @@ impl Sender {
         self.spare.is_none()
     }
 
+    /// Whether a frame with a payload waits.
+    pub(super) fn has_payload(&self) -> bool {
+        self.gathering.has_payload
+    }
+
     /// Whether nothing waits and nothing is in the ring.
     pub(super) fn is_idle(&self) -> bool {
         self.gathering.is_empty() && !self.is_armed()
