@@ -61,15 +61,9 @@ kernel_gone() {
 }
 
 ours_up() {
-    local node
     NODES_PROTOCOL=$1 NODES_DISK="al-extents $al_extents;" NODES_NET="data-integrity-alg $2; connect-int 1;" \
         nodes_configure "${loops[2]}" "${loops[3]}"
-    for node in nodo1 nodo2; do
-        start_node $node
-        on $node create-md --force "$RES"
-        on $node up "$RES"
-    done
-    wait_for '[[ $(node_conn nodo1) == Connected ]]' 60
+    nodes_create --force
     on nodo1 new-current-uuid --clear-bitmap "$RES"
     on nodo1 primary "$RES"
     wait_for in_sync 60

@@ -75,6 +75,17 @@ start_node() {
     wait_for "on $1 status" 30
 }
 
+# Both nodes with fresh disks, up and connected, as an operator makes them the first time: nodes_create [create-md OPTIONS]
+nodes_create() {
+    local node
+    for node in nodo1 nodo2; do
+        start_node $node
+        on $node create-md "$@" "$RES"
+        on $node up "$RES"
+    done
+    wait_for '[[ $(node_conn nodo1) =~ ^(Connected|Established)$ ]]' 60
+}
+
 # A polite end: SIGTERM, and the daemon must be gone within the limit.
 stop_node() {
     local pid=${NODE_PID[$1]}

@@ -76,12 +76,7 @@ mkdir -p "$mnt"
 loop1=$(loop_disk disk1 "$disk_mib")
 loop2=$(loop_disk disk2 "$disk_mib")
 nodes_configure "$(mapped flaky1 "$(healthy_on "$loop1")")" "$(mapped flaky2 "$(healthy_on "$loop2")")"
-for node in nodo1 nodo2; do
-    start_node $node
-    on $node create-md $RES
-    on $node up $RES
-done
-wait_for '[[ $(node_conn nodo1) == Connected ]]' 60
+nodes_create
 on nodo1 primary --force $RES
 wait_for in_sync 120
 bytes=$(blockdev --getsize64 /dev/drbd1)

@@ -34,12 +34,7 @@ kernel_drbd_load
 disk1=$(loop_disk nodo1 128)
 disk2=$(loop_disk nodo2 128)
 nodes_configure "$disk1" "$disk2"
-for node in nodo1 nodo2; do
-    start_node $node
-    on $node create-md $RES
-    on $node up $RES
-done
-wait_for '[[ $(node_conn nodo1) =~ ^(Connected|Established)$ ]]' 60
+nodes_create
 on nodo1 -- --overwrite-data-of-peer primary $RES
 wait_for in_sync 120
 wait_for '[[ -b $(node_device nodo1) ]]' 20

@@ -56,12 +56,7 @@ for side in 1 2; do
     mapped rec$side "0 $(sectors_of "$disk") log-writes $disk $record" >/dev/null
 done
 nodes_configure /dev/mapper/rec1 /dev/mapper/rec2
-for node in nodo1 nodo2; do
-    start_node $node
-    on $node create-md $RES
-    on $node up $RES
-done
-wait_for '[[ $(node_conn nodo1) == Connected ]]' 60
+nodes_create
 # Both disks are zeroes: there is nothing to copy, and a recorded full resync would be most of the record.
 on nodo1 new-current-uuid --clear-bitmap $RES
 wait_for in_sync 60

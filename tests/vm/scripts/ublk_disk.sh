@@ -36,12 +36,7 @@ mkdir -p "$mnt"
 disk1=$(loop_disk disk1 "$disk_mib")
 disk2=$(loop_disk disk2 "$disk_mib")
 nodes_configure "$disk1" "$disk2"
-for node in nodo1 nodo2; do
-    start_node $node
-    on $node create-md $RES
-    on $node up $RES
-done
-wait_for '[[ $(node_conn nodo1) == Connected ]]' 60
+nodes_create
 check "no device while Secondary" no_device_left
 
 step "primary answers when the device is there"

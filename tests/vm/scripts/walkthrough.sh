@@ -54,12 +54,7 @@ nodes_load
 disk1=$(volume disk1 "$disk_mib" vg1 web-root)
 disk2=$(volume disk2 "$disk_mib" vg2 web-root)
 nodes_configure "$disk1" "$disk2"
-for node in nodo1 nodo2; do
-    start_node $node
-    on $node create-md $RES
-    on $node up $RES
-done
-wait_for '[[ $(node_conn nodo1) =~ ^(Connected|Established)$ ]]' 60
+nodes_create
 check_equal "a fresh disk is" "Inconsistent" "$(node_disk nodo1)"
 check_equal "a fresh node is" "Secondary" "$(node_role nodo2)"
 
