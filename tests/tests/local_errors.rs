@@ -5,7 +5,7 @@ use lockstep_replicator::core::state::{ConnState, DiskState, ReplState};
 use lockstep_tests::sim::node::VOLUME;
 use lockstep_tests::sim::script::{
     bad_block, detach, fail_metas, fail_writes, handler_says, is_bad, late_answer, load, open, pair_with,
-    pass, quiet, runs, sectors, status, verb, waits_for, within,
+    pass, quiet, runs, sectors, slow, status, verb, waits_for, within,
 };
 use lockstep_tests::sim::{Options, World};
 
@@ -83,6 +83,36 @@ fn writes_during_a_repair_win() {
         quiet(&mut world);
         assert_eq!(world.failed_requests, 0);
     }
+}
+
+/// The peer becomes a second Primary while a block that could not be written here waits to be repaired: it still is, and
+/// the write is told done when this disk is known to be the worse one, not before.
+#[test]
+fn a_second_primary_does_not_call_a_repair_off() {
+    let mut at_work = 0;
+    for seed in 0..80 {
+        let mut options = kept(150 + seed);
+        options.net.allow_two_primaries = true;
+        let mut world = pair_with(options);
+        fail_writes(&mut world, 0, 1);
+        slow(&mut world, 0, 2);
+        write(&mut world, 0, 800, 16);
+        world.run(seed % 4);
+        world.admin(1, "primary", AdminCommand::Primary { force: false });
+        at_work += usize::from(open(&world, 0) == 1);
+        within(&mut world, 5000, |w| open(w, 0) == 0 && w.is_primary(1));
+        if seed % 2 == 0 {
+            // What only the other node has was told done: this one does not go on as the good copy.
+            world.crash(1, true);
+            pass(&mut world, 3000);
+            world.start(1);
+        }
+        slow(&mut world, 0, 0);
+        quiet(&mut world);
+        assert_eq!(sectors(&world, 0)[800..816], sectors(&world, 1)[800..816], "seed {seed}");
+        assert_eq!(world.failed_requests, 0);
+    }
+    assert!(at_work >= 40, "{at_work} of 80");
 }
 
 /// Of a node without a good peer nothing is taken away by an error: it stays UpToDate, the error is the

@@ -93,7 +93,10 @@ impl Resource {
         if answer.is_ok()
             && let Some(volume) = self.wire_device(request.volume)
         {
-            self.cancel_repair(volume);
+            if kind != Kind::Promote {
+                // The peer's resync goes over the same blocks; a second Primary changes nothing for the repair.
+                self.cancel_repair(volume);
+            }
             match request.kind() {
                 Kind::Promote | Kind::Detach | Kind::ResizeAsk | Kind::ResizeCommit | Kind::Outdate => {}
                 Kind::StartFullSyncAsTarget => self.begin_resync(volume, true, true, DiskState::Inconsistent),
