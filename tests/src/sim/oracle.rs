@@ -479,6 +479,16 @@ impl World {
                 let volume = usize::from(volume.0);
                 self.oracle.covered[volume] = self.oracle.unread[volume].len();
             }
+            // Somebody decided that what it borrowed goes: its own disk counts, also for who had asked before.
+            Event::Disk(volume, DiskState::Outdated | DiskState::Consistent, DiskState::UpToDate)
+                if self.oracle.voided[1 - node] =>
+            {
+                let volume = usize::from(volume.0);
+                if self.oracle.borrows[node][volume].take().is_some() {
+                    self.history.forget_view(node, volume);
+                    self.oracle.given_up[node][volume] = self.now;
+                }
+            }
             Event::Repl(volume, old, ReplState::SyncTarget) if *old != ReplState::PausedSyncT => {
                 self.resync_begins(node, usize::from(volume.0));
             }
