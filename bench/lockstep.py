@@ -20,15 +20,14 @@ class Variant:
     name: str
     about: str
     protocol: str = "C"
-    spin_us: int = 0
+    spin_us: int | None = None
 
 
-SPIN_US = 30
 VARIANTS = {
     it.name: it
     for it in (
         Variant("lockstep", "two lockstep daemons, protocol C, NBD front end"),
-        Variant("lockstep-spin", f"the same, spin-us {SPIN_US}", spin_us=SPIN_US),
+        Variant("lockstep-nospin", "the same, spin-us 0", spin_us=0),
         Variant("lockstep-b", "the same, protocol B", protocol="B"),
         Variant("lockstep-a", "the same, protocol A", protocol="A"),
         Variant("baseline", "the lockstep given with --baseline, protocol C"),
@@ -121,7 +120,8 @@ class Lockstep(Peer):
             hosts += f"        address {HOST}:{ports[node][number]};\n        meta-disk internal;\n    }}\n"
         extra = "".join(f"    {line}\n" for line in self.statements)
         head = f"    protocol {self.variant.protocol};\n    net {{ connect-int 1; }}\n"
-        front_end = f"    lockstep {{ front-end nbd; spin-us {self.variant.spin_us}; }}\n"
+        spin = "" if self.variant.spin_us is None else f" spin-us {self.variant.spin_us};"
+        front_end = f"    lockstep {{ front-end nbd;{spin} }}\n"
         return f"resource {resource} {{\n{head}{front_end}{extra}{hosts}}}\n"
 
     def status(self):

@@ -13,8 +13,8 @@ from procs import BenchError
 # faster of the two ways to reach it.
 BAR = {
     "write-4k-qd1": {
-        "lockstep": {"nbdkit": 0.5, "qemu": 1.6, "gluster": 3.5},
-        "lockstep-spin": {"nbdkit": 0.75, "qemu": 2.5, "gluster": 5.0},
+        "lockstep-nospin": {"nbdkit": 0.5, "qemu": 1.6, "gluster": 3.5},
+        "lockstep": {"nbdkit": 0.75, "qemu": 2.5, "gluster": 5.0},
     },
     "write-4k-qd32": {"lockstep": {"nbdkit": 0.7, "qemu": 9.0, "gluster": 14.0}},
     "write-256k-qd8": {"lockstep": {"nbdkit": 0.5, "qemu": 2.0, "gluster": 3.0}},

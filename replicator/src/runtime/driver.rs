@@ -22,6 +22,7 @@ use super::nbd_conn::{Client, Demand, FrontRequest, Origin, Shared};
 use super::net::Wish;
 use super::peer::Peer;
 use super::ring::{Completion, Memory, Ring};
+use super::spin::Spinner;
 use super::story;
 #[cfg(feature = "ublk")]
 use super::ublk_dev::UblkDisk;
@@ -35,6 +36,7 @@ use crate::frontend::nbd::{Extent, ExtentKind, Request as NbdRequest, allocation
 use crate::units::{SectorCount, Time, VolumeNr};
 use slab::Slab;
 use std::collections::{BTreeMap, VecDeque};
+use std::num::NonZero;
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -47,8 +49,11 @@ const INLINE_BATCH: usize = 32;
 const INLINE_BATCH_BYTES: u64 = 128 << 10;
 /// Rounds of core and inline disk IO in one turn before the sockets are looked at again.
 const MAX_ROUNDS: usize = 16;
-/// Spinning is for few requests in flight: with many, a completion is never far.
+/// Spinning is for few requests in flight: with many, a completion is never far. A write is two frames, with the barrier.
 const SPIN_MAX_REQUESTS: usize = 2;
+const SPIN_MAX_FRAMES: usize = 2 * SPIN_MAX_REQUESTS;
+/// Timers that stand at once. Each is earlier than those before it, so there are hardly ever three.
+const MAX_TIMERS: usize = 16;
 /// How long a stopping thread waits for what is in flight.
 const STOP_LIMIT_MS: u64 = 3000;
 
@@ -57,6 +62,8 @@ const STOP_LIMIT_MS: u64 = 3000;
 pub(super) enum Context {
     /// The inbox has something.
     Inbox,
+    /// A deadline, which may have moved.
+    Timer(Time),
     PeerReceive(usize),
     PeerSend(usize),
     ClientReceive(usize),
@@ -91,6 +98,8 @@ pub(super) struct Driver {
     name: String,
     core: Resource,
     ring: Ring<Context>,
+    /// When the timers in the ring fire.
+    timers: Vec<Time>,
     pool: BufferPool,
     started: Instant,
     now: Time,
@@ -116,11 +125,13 @@ pub(super) struct Driver {
     handlers: HandlerPlan,
     inbox_fd: Rc<OwnedFd>,
     outside: Outside,
-    spin: Duration,
+    spinner: Spinner,
     /// `data-integrity-alg` is not `none`.
     sums_blocks: bool,
     /// Something came in over a socket in this turn.
     busy: bool,
+    /// Frames of the peer in this turn.
+    frames: usize,
     stop_deadline: Option<Time>,
 }
 
@@ -153,6 +164,7 @@ impl Driver {
             name: parts.config.name.clone(),
             core: Resource::new(parts.config, parts.seed, Time(0)),
             ring,
+            timers: Vec::with_capacity(MAX_TIMERS),
             pool: BufferPool::new(parts.buffer_bytes),
             started: clock(),
             now: Time(0),
@@ -174,9 +186,13 @@ impl Driver {
             handlers: parts.handlers,
             inbox_fd: Rc::new(parts.inbox_fd),
             outside: parts.outside,
-            spin: Duration::from_micros(parts.spin_us.into()),
+            spinner: Spinner::new(
+                Duration::from_micros(parts.spin_us.into()),
+                std::thread::available_parallelism().map_or(1, NonZero::get),
+            ),
             sums_blocks: parts.sums_blocks,
             busy: false,
+            frames: 0,
             stop_deadline: None,
         }
     }
@@ -190,6 +206,7 @@ impl Driver {
         loop {
             self.now = self.time();
             self.busy = false;
+            self.frames = 0;
             self.ring.reap();
             while let Some(completion) = self.ring.next_completion() {
                 self.on_completion(completion);
@@ -209,11 +226,13 @@ impl Driver {
             }
             // `sweep` tells the core of clients that have gone.
             settled &= self.settle();
-            if self.spin > Duration::ZERO && self.busy && settled {
-                self.spin()?;
+            let timeout = if settled { self.arm_timer() } else { Some(Duration::ZERO) };
+            let few = self.fronts.len() <= SPIN_MAX_REQUESTS && self.frames <= SPIN_MAX_FRAMES;
+            if self.busy && settled && few && self.spinner.is_used() {
+                self.spin_and_wait(timeout)?;
+            } else {
+                self.ring.submit_and_wait(timeout)?;
             }
-            let timeout = if settled { self.timeout() } else { Some(Duration::ZERO) };
-            self.ring.submit_and_wait(timeout)?;
         }
     }
 
@@ -223,26 +242,41 @@ impl Driver {
         Time(u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX))
     }
 
-    /// Until the next deadline.
-    fn timeout(&self) -> Option<Duration> {
+    /// Sees to it that the thread wakes at the next deadline. A timer that stands is not moved: a deadline that comes
+    /// with every write and goes with the next one would cost two reprogrammed timers for each sleep. It fires once too
+    /// often instead. Gives how long to wait when no timer can say it.
+    fn arm_timer(&mut self) -> Option<Duration> {
         let closing = self.peers.iter().filter_map(|(_, peer)| peer.deadline());
         let next = closing.chain(self.core.poll_timeout()).chain(self.stop_deadline).min()?;
-        Some(Duration::from_nanos(next.0.saturating_sub(self.now.0)))
+        let after = Duration::from_nanos(next.0.saturating_sub(self.now.0));
+        if self.timers.iter().any(|at| *at <= next) {
+            return None;
+        }
+        if after.is_zero() || self.timers.len() == MAX_TIMERS {
+            return Some(after);
+        }
+        self.timers.push(next);
+        self.ring.timer(after, Context::Timer(next));
+        None
     }
 
     /// Looks for completions for a while before the thread goes to sleep: waking up costs more than a short write.
-    fn spin(&mut self) -> std::io::Result<()> {
-        if self.fronts.len() > SPIN_MAX_REQUESTS {
-            return Ok(());
-        }
-        self.ring.submit()?;
+    fn spin_and_wait(&mut self, timeout: Option<Duration>) -> std::io::Result<()> {
         let start = clock();
-        while !self.ring.has_completions() && !self.ring.has_deferred_work() {
-            if clock().duration_since(start) >= self.spin {
-                break;
+        let mut hit = None;
+        if let Some((limit, _turn)) = self.spinner.begin() {
+            self.ring.submit()?;
+            loop {
+                let found = self.ring.has_completions() || self.ring.has_deferred_work();
+                if found || clock().duration_since(start) >= limit {
+                    hit = Some(found);
+                    break;
+                }
+                std::hint::spin_loop();
             }
-            std::hint::spin_loop();
         }
+        self.ring.submit_and_wait(timeout)?;
+        self.spinner.waited(clock().duration_since(start), hit);
         Ok(())
     }
 
@@ -291,6 +325,7 @@ impl Driver {
                     self.core.handle(self.now, input);
                 }
             }
+            (Context::Timer(at), _) => self.timers.retain(|timer| *timer != at),
             (Context::Inbox, _) => {
                 for item in self.inbox.take() {
                     self.on_item(item);
@@ -315,6 +350,7 @@ impl Driver {
         loop {
             match peer.next_frame(&self.pool) {
                 Ok(Some((message, payload))) => {
+                    self.frames += 1;
                     self.core.handle(self.now, Input::PeerMessage { session, message, payload });
                 }
                 Ok(None) => return,
@@ -721,8 +757,8 @@ impl Driver {
         let served = self.peers.is_empty() && self.clients.is_empty();
         #[cfg(feature = "ublk")]
         let served = served && self.ublks.is_empty();
-        // Only the inbox is left in the ring.
-        deadline <= self.now || (served && self.ring.in_flight() <= 1)
+        // Only the inbox and timers are left in the ring.
+        deadline <= self.now || (served && self.ring.in_flight() <= 1 + self.timers.len())
     }
 }
 

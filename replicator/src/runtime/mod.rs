@@ -6,6 +6,7 @@
 //! | `inbox.rs` | the queue into the thread |
 //! | `driver.rs` | the thread's turn: completions, core, outputs |
 //! | `ring.rs`, `memory.rs` | io_uring; memory that belongs to it while it works |
+//! | `spin.rs` | whether to look for a completion before going to sleep |
 //! | `buffers.rs` | payload buffers, counted |
 //! | `stream.rs` | receiving and sending on one socket |
 //! | `peer.rs` | frames of the peer |
@@ -31,6 +32,7 @@ mod net;
 mod peer;
 mod preamble;
 mod ring;
+mod spin;
 mod story;
 mod stream;
 #[cfg(feature = "ublk")]

@@ -63,6 +63,8 @@ pub(super) struct Ring<C> {
     slots: ManuallyDrop<Slab<Slot<C>>>,
     /// Completions taken from the kernel and not yet from us.
     reaped: VecDeque<(u64, i32, u32)>,
+    /// Of timers that have fired.
+    timespecs: Vec<Box<Timespec>>,
 }
 
 struct Slot<C> {
@@ -86,6 +88,8 @@ pub(super) enum Memory {
     Recv(Box<RecvMemory>),
     /// Memory of a sending socket.
     Send(Box<SendMemory>),
+    /// How long a timer runs.
+    Timer(Box<Timespec>),
 }
 
 /// A finished operation.
@@ -126,6 +130,7 @@ impl<C> Ring<C> {
             uring,
             slots: ManuallyDrop::new(Slab::with_capacity(1024)),
             reaped: VecDeque::with_capacity(1024),
+            timespecs: Vec::new(),
         })
     }
 
@@ -138,6 +143,15 @@ impl<C> Ring<C> {
     pub(super) fn poll_readable(&mut self, fd: &Rc<OwnedFd>, context: C) {
         let entry = opcode::PollAdd::new(Fd(fd.as_raw_fd()), libc::POLLIN.cast_unsigned().into()).build();
         self.start(entry, fd, Memory::None, context);
+    }
+
+    /// Completes after a while.
+    pub(super) fn timer(&mut self, after: Duration, context: C) {
+        let mut memory = self.timespecs.pop().unwrap_or_else(|| Box::new(Timespec::new()));
+        *memory = Timespec::from(after);
+        let entry = opcode::Timeout::new(&raw const *memory).build();
+        let key = self.slots.insert(Slot { context, memory: Memory::Timer(memory), _fd: None });
+        self.push(&entry.user_data(key as u64));
     }
 
     /// Reads from a file into a pool buffer.
@@ -232,7 +246,14 @@ impl<C> Ring<C> {
             let slot = usize::try_from(key).ok().and_then(|key| self.slots.try_remove(key));
             if let Some(slot) = slot {
                 let more_waiting = cqueue::sock_nonempty(flags);
-                return Some(Completion { context: slot.context, memory: slot.memory, result, more_waiting });
+                let memory = match slot.memory {
+                    Memory::Timer(memory) => {
+                        self.timespecs.push(memory);
+                        Memory::None
+                    }
+                    memory => memory,
+                };
+                return Some(Completion { context: slot.context, memory, result, more_waiting });
             }
             debug_assert_eq!(key, NO_SLOT, "a completion without its slot");
         }
@@ -262,6 +283,9 @@ impl<C> Ring<C> {
     /// # Errors
     /// The ring is broken.
     pub(super) fn submit_and_wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+        if self.has_completions() && self.uring.submission().is_empty() {
+            return Ok(());
+        }
         if self.has_completions() || timeout == Some(Duration::ZERO) {
             return self.submit();
         }

@@ -237,7 +237,7 @@ options! {
     FRONT_END: Lockstep, "front-end",
         Kind::Choice { values: &["auto", "ublk", "nbd"], default: "auto" },
         Since::Lockstep, Used;
-    SPIN_US: Lockstep, "spin-us", number(Unit::Microseconds, 0, 0, 1000), Since::Lockstep, Used;
+    SPIN_US: Lockstep, "spin-us", number(Unit::Microseconds, 50, 0, 1000), Since::Lockstep, Used;
     SUSPEND_LEASE: Lockstep, "suspend-lease", number(Unit::Seconds, 120, 0, 86400), Since::Lockstep, Used;
 }
 
