@@ -64,6 +64,7 @@ pub(super) struct Ring<C> {
     /// Completions taken from the kernel and not yet from us.
     reaped: VecDeque<(u64, i32, u32)>,
     /// Of timers that have fired.
+    #[expect(clippy::vec_box, reason = "a timer in the ring points at its box, which must not move")]
     timespecs: Vec<Box<Timespec>>,
 }
 
