@@ -2,7 +2,7 @@
 # Runs in the VM that bench/vm boots: a pair of the kernel's DRBD and a pair of lockstep with ublk, on the same kind of
 # loop devices, measured in turn. What comes out is $VM_SHARE/CASE.json, one for each case.
 #
-# Arguments: rounds, seconds per job, then cases: PROTOCOL,INTEGRITY,LINK with INTEGRITY none or crc32c and LINK up or down.
+# Arguments: rounds, seconds per job, further statements for lockstep, then cases: PROTOCOL,INTEGRITY,LINK with INTEGRITY none or crc32c and LINK up or down.
 kit=$VM_KIT
 here=$(cd "${0%/*}" && pwd)
 . "$kit/lib.sh"
@@ -12,8 +12,8 @@ here=$(cd "${0%/*}" && pwd)
 # More extents of 4 MiB than the activity log holds, and memory for the disks of both pairs.
 readonly disk_mib=1024 al_extents=67
 readonly resync_mib=256
-readonly rounds=$1 seconds=$2
-shift 2
+readonly rounds=$1 seconds=$2 NODES_MORE=$3
+shift 3
 # The nodes of lockstep share the machine with the kernel's minors 1 and 2.
 readonly kernel_device=/dev/drbd1 our_prefix=/dev/drbd10
 

@@ -33,7 +33,7 @@ nodes_load() {
 node_device() { echo "$NODE_DEVICE_PREFIX${1#nodo}"; }
 
 # nodes_configure DISK1 DISK2: the example's configuration, on one machine. $NODES_DISK and $NODES_NET hold further
-# options of the disks and of the connection, $NODES_PROTOCOL another protocol than C.
+# options of the disks and of the connection, $NODES_MORE further statements, $NODES_PROTOCOL another protocol than C.
 nodes_configure() {
     cat >"$LOCKSTEP_CONF" <<EOF
 common {
@@ -44,6 +44,7 @@ resource $RES {
     protocol ${NODES_PROTOCOL:-C};
     ${NODES_DISK:+disk { $NODES_DISK \}}
     ${NODES_NET:+net { $NODES_NET \}}
+    ${NODES_MORE:-}
     on nodo1 {
         device $(node_device nodo1);
         disk $1;
