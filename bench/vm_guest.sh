@@ -13,6 +13,8 @@ here=$(cd "${0%/*}" && pwd)
 readonly disk_mib=1024 al_extents=67
 readonly resync_mib=256
 readonly rounds=$1 seconds=$2 NODES_MORE=$3
+# No limit: the kernel's pair has none either.
+readonly NODES_SYNCER=
 shift 3
 # The nodes of lockstep share the machine with the kernel's minors 1 and 2.
 readonly kernel_device=/dev/drbd1 our_prefix=/dev/drbd10

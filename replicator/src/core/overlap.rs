@@ -12,9 +12,9 @@
 //!
 //! It is done between two good copies only (`Established`): in a resync an acknowledgement clears marks, and must
 //! speak for the newest write of its blocks. Nor beside a second Primary, where the order of overlapping writes is
-//! that of the locks on one node (`conflict.rs`); the peer is not promoted while a range is shared. A write that goes to the copies once more (`send_again`) asks for its
-//! range again and stands behind those that went on beside it: they were in flight at once, so either order is right,
-//! and it is the same one on both copies.
+//! that of the locks on one node (`conflict.rs`); the peer is not promoted while a range is shared. A write that goes
+//! to the copies once more (`send_again`) asks for its range again and stands behind those that went on beside it:
+//! they were in flight at once, so either order is right, and it is the same one on both copies.
 use super::Resource;
 use super::conflict::Place;
 use super::event::RequestOp;
