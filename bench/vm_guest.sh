@@ -2,7 +2,8 @@
 # Runs in the VM that bench/vm boots: a pair of the kernel's DRBD and a pair of lockstep with ublk, on the same kind of
 # loop devices, measured in turn. What comes out is $VM_SHARE/CASE.json, one for each case.
 #
-# Arguments: rounds, seconds per job, further statements for lockstep, then cases: PROTOCOL,INTEGRITY,LINK with INTEGRITY none or crc32c and LINK up or down.
+# Arguments: rounds, seconds per job, further statements for lockstep, then cases: PROTOCOL,INTEGRITY,LINK with INTEGRITY
+# none or crc32c and LINK up or down.
 kit=$VM_KIT
 here=$(cd "${0%/*}" && pwd)
 . "$kit/lib.sh"

@@ -1,7 +1,7 @@
 //! Overlapping writes of one node, in flight at once: they pay one round trip, not one each, and both disks see them in
 //! one order (`core/overlap.rs`).
 use lockstep_replicator::core::config::{Fencing, NetConfig, Protocol};
-use lockstep_replicator::core::event::{AdminCommand, HandlerName, RequestOp};
+use lockstep_replicator::core::event::{AdminCommand, HandlerName, Refusal, RequestOp};
 use lockstep_replicator::core::state::DiskState;
 use lockstep_tests::sim::script::{
     disk, fail_writes, handler_says, open, pair_by, pair_with, pass, quiet, sectors, slow, verb, within,
@@ -23,6 +23,17 @@ fn overwrite(world: &mut World, writes: u64) {
 
 fn same_blocks(world: &World) {
     assert_eq!(sectors(world, 0)[792..832], sectors(world, 1)[792..832]);
+}
+
+fn promote(world: &mut World, node: usize) -> Result<(), Refusal> {
+    verb(world, node, "primary", AdminCommand::Primary { force: false })
+}
+
+/// Orders two Primaries to be allowed, or not; gives the number of the order.
+fn allow_two(world: &mut World, node: usize, allow_two_primaries: bool) -> u64 {
+    let net = Box::new(NetConfig { allow_two_primaries, ..world.options.net.clone() });
+    let volumes = vec![world.options.volume.clone()];
+    world.admin(node, "adjust", AdminCommand::Configure { net, volumes })
 }
 
 /// How long eight writes of the same block take under a protocol, milliseconds.
@@ -125,15 +136,12 @@ fn a_second_primary_waits_for_overlapping_writes_of_the_first() {
         slow(&mut world, 1, 5);
         overwrite(&mut world, 8);
         world.run(seed % 8);
-        let net = NetConfig { allow_two_primaries: true, ..world.options.net.clone() };
-        let volumes = vec![world.options.volume.clone()];
-        world.admin(1, "adjust", AdminCommand::Configure { net: Box::new(net), volumes });
-        let promote = |world: &mut World| verb(world, 1, "primary", AdminCommand::Primary { force: false });
-        if let Err(why) = promote(&mut world) {
+        allow_two(&mut world, 1, true);
+        if let Err(why) = promote(&mut world, 1) {
             assert_eq!(why.number, -18, "{why:?}");
             refused += 1;
             within(&mut world, 1000, |w| open(w, 0) == 0);
-            assert_eq!(promote(&mut world), Ok(()));
+            assert_eq!(promote(&mut world, 1), Ok(()));
         }
         slow(&mut world, 1, 0);
         for nth in 0..8 {
@@ -181,15 +189,13 @@ fn two_primaries_are_not_forbidden_in_the_middle_of_a_promotion() {
         options.net.allow_two_primaries = true;
         let mut world = pair_with(options);
         assert_eq!(verb(&mut world, 0, "secondary", AdminCommand::Secondary), Ok(()));
-        assert_eq!(verb(&mut world, 1, "primary", AdminCommand::Primary { force: false }), Ok(()));
+        assert_eq!(promote(&mut world, 1), Ok(()));
         pass(&mut world, 100);
         world.admin(0, "primary", AdminCommand::Primary { force: false });
         world.run(1 + seed % 2);
         // By the Primary that agreed, or by the one that is promoted.
         let node = usize::from(seed % 3 != 0);
-        let net = NetConfig { allow_two_primaries: false, ..world.options.net.clone() };
-        let volumes = vec![world.options.volume.clone()];
-        let change = world.admin(node, "adjust", AdminCommand::Configure { net: Box::new(net), volumes });
+        let change = allow_two(&mut world, node, false);
         slow(&mut world, 0, 4);
         for nth in 0..6 {
             world.request(1, RequestOp::Write, 800 + 4 * (nth % 2), 8, false);

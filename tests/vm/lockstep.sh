@@ -33,7 +33,8 @@ nodes_load() {
 node_device() { echo "$NODE_DEVICE_PREFIX${1#nodo}"; }
 
 # nodes_configure DISK1 DISK2: the example's configuration, on one machine. $NODES_DISK and $NODES_NET hold further
-# options of the disks and of the connection, $NODES_MORE further statements, $NODES_SYNCER another pace of resyncs, $NODES_PROTOCOL another protocol than C.
+# options of the disks and of the connection, $NODES_MORE further statements, $NODES_SYNCER another pace of resyncs,
+# $NODES_PROTOCOL another protocol than C.
 nodes_configure() {
     cat >"$LOCKSTEP_CONF" <<EOF
 common {
